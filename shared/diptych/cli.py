@@ -1,0 +1,221 @@
+"""The command line: `diptych run | generate | recipe | compare | report`.
+
+Exit codes: 0 done; 2 something that the user can mend (one line says what, where and what to do); 3 a run-time
+invariant broke; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from diptych import __version__, random
+from diptych.engine import ENGINES, EngineSettings, ModelSpec, Sampling, load_engine
+from diptych.errors import InvariantError, UserError
+
+_RUN_EPILOG = """\
+examples:
+  diptych run recipes/quickstart.yaml --engine jax --output out/jax
+  diptych run recipes/quickstart.yaml --engine torch --output out/torch rl.iterations=20 seed=1
+  diptych run recipes/quickstart.yaml --engine torch --stage reward --output out/mixed \\
+      reward.model_path=out/jax/models/sft        (one engine goes on from the other's model)
+  diptych run recipes/quickstart.yaml --engine jax --output out/jax --resume
+
+A run directory holds recipe.yaml (resolved), environment.json, metrics.jsonl, tensorboard/, samples.jsonl,
+checkpoints/, models/{sft,reward,rl,...} in Hugging Face format, summary.json and report.html.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `diptych` command; returns the exit code."""
+    parser = _parser()
+    # argparse cannot mix a positional list with options, so key=value settings are taken from what it leaves over.
+    options, left_over = parser.parse_known_args(arguments)
+    options.overrides = left_over
+    unknown = [text for text in left_over if "=" not in text or text.startswith("-")]
+    if unknown or (left_over and options.command not in (_run, _recipe_show)):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or left_over)} (settings are written key=value)")
+    try:
+        return options.command(options)
+    except UserError as error:
+        print(f"diptych: error: {error}", file=sys.stderr)
+        return 2
+    except InvariantError as error:
+        print(f"diptych: stopped: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("diptych: interrupted; go on from the last checkpoint with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diptych", description="One RLHF recipe, two engines (PyTorch + DeepSpeed, JAX), the same numbers."
+    )
+    parser.add_argument("--version", action="version", version=f"diptych {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+
+    run = commands.add_parser(
+        "run",
+        help="run a recipe's stages on one engine",
+        usage="diptych run RECIPE --engine {jax,torch} [--stage STAGE] [--output DIR] [--resume] [key=value ...]",
+        epilog=_RUN_EPILOG,
+        formatter_class=raw,
+    )
+    run.add_argument("recipe", type=Path, help="a YAML recipe")
+    run.add_argument("--engine", required=True, choices=list(ENGINES), help="which engine trains and generates")
+    run.add_argument("--stage", choices=["sft", "reward", "rl"], action="append", help="only this stage (repeatable)")
+    run.add_argument("--output", type=Path, help="run directory (default: out/RECIPE-ENGINE)")
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
+    run.set_defaults(command=_run)
+
+    generate = commands.add_parser(
+        "generate",
+        help="print a model's answer to a prompt",
+        epilog="example:\n  diptych generate out/jax/models/rl --engine torch --prompt 'Write a postcard from Rome.'",
+        formatter_class=raw,
+    )
+    generate.add_argument("model", type=Path, help="a Hugging Face model directory")
+    generate.add_argument("--engine", required=True, choices=list(ENGINES))
+    generate.add_argument("--prompt", required=True, help="text; goes through the chat template where there is one")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text on either engine")
+    generate.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    generate.add_argument("--top-p", type=float, default=1.0, help="1: all tokens")
+    generate.add_argument("--plain", action="store_true", help="do not use the chat template")
+    generate.add_argument("--precision", choices=["float32", "float64"], default="float32")
+    generate.set_defaults(command=_generate)
+
+    recipe = commands.add_parser("recipe", help="look at recipes")
+    actions = recipe.add_subparsers(required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="print the resolved recipe, defaults included", usage="diptych recipe show RECIPE [key=value ...]")
+    show.add_argument("recipe", type=Path)
+    show.set_defaults(command=_recipe_show)
+    schema = actions.add_parser(
+        "schema",
+        help="print the JSON schema of recipes, for editors",
+        epilog="In an editor with a YAML language server, put this line first in a recipe:\n"
+        "  # yaml-language-server: $schema=recipe.schema.json",
+        formatter_class=raw,
+    )
+    schema.set_defaults(command=_recipe_schema)
+
+    compare = commands.add_parser("compare", help="two runs of one recipe side by side: numbers and differences")
+    compare.add_argument("a", type=Path, help="a run directory")
+    compare.add_argument("b", type=Path, help="another")
+    compare.add_argument("--html", type=Path, help="also write a self-contained page with both runs' curves")
+    compare.set_defaults(command=_compare)
+
+    report = commands.add_parser("report", help="write report.html of a run again")
+    report.add_argument("run", type=Path, help="a run directory")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from diptych.recipe.load import load_recipe
+    from diptych.stages.pipeline import run_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    output = options.output or Path("out") / f"{recipe.name}-{options.engine}"
+    summary = run_recipe(
+        recipe, engine_name=options.engine, output=output, stages=options.stage, resume=options.resume
+    )
+    print(json.dumps(summary, indent=2))
+    print(f"diptych: run in {output}, report in {output / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def _recipe_show(options: argparse.Namespace) -> int:
+    from diptych.recipe.load import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(options.recipe, options.overrides)), end="")
+    return 0
+
+
+def _recipe_schema(_options: argparse.Namespace) -> int:
+    from diptych.recipe.json_schema import recipe_json_schema
+
+    print(json.dumps(recipe_json_schema(), indent=2))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from diptych.data.batches import prompt_batch
+    from diptych.data.examples import PromptExample
+    from diptych.data.tokenizer import Tokenizer, check_vocabulary
+    from diptych.weights.huggingface import read_checkpoint
+
+    if options.temperature < 0 or options.max_new_tokens < 1 or options.top_k < 0 or not 0 < options.top_p <= 1:
+        raise UserError("--temperature and --top-k must not be negative, --max-new-tokens at least 1, --top-p in (0, 1]")
+    checkpoint = read_checkpoint(options.model, precision=options.precision)
+    if checkpoint.head != "lm":
+        raise UserError(f"{options.model}: a model with a scalar head (reward or critic) does not generate text")
+    tokenizer = Tokenizer.load(options.model)
+    check_vocabulary(tokenizer, checkpoint.shape.vocab_size, where=str(options.model))
+    chat = tokenizer.chat_template is not None and not options.plain
+    if chat:
+        text = tokenizer.render([{"role": "user", "content": options.prompt}], add_generation_prompt=True)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        prompt = tokenizer.encode(options.prompt, add_special_tokens=True)
+    if not prompt:
+        raise UserError("--prompt: no tokens; give some text")
+    limit = checkpoint.shape.max_position_embeddings
+    if len(prompt) + options.max_new_tokens > limit:
+        raise UserError(
+            f"--max-new-tokens {options.max_new_tokens}: with a prompt of {len(prompt)} tokens the text would pass the "
+            f"model's {limit} positions; at most {max(0, limit - len(prompt))} fit"
+        )
+    engine = load_engine(options.engine, EngineSettings(precision=options.precision))
+    model = engine.model(
+        ModelSpec(
+            config=checkpoint.config, weights=checkpoint.weights, head="lm", optimizer=None, micro_batch_size=1
+        )
+    )
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        stop_token_ids=tokenizer.eos_token_ids,
+    )
+    example = PromptExample(row=0, tokens=np.asarray(prompt, np.int32), text=options.prompt, data={})
+    batch = prompt_batch([example], buckets=(len(prompt),), pad_token_id=tokenizer.pad_token_id)
+    uniforms = random.uniforms(options.seed, "generate", step=0, rows=[0], num_positions=options.max_new_tokens)
+    done = model.generate(batch, sampling, uniforms, pad_token_id=tokenizer.pad_token_id)
+    response = [int(token) for token in done.tokens[0][done.mask[0]]]
+    # Without a template the answer continues the prompt, and only both together decode with the right spaces.
+    print(tokenizer.decode(response if chat else prompt + response, skip_special_tokens=True))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from diptych.run.compare import compare_runs, format_table, write_comparison
+
+    print(format_table(compare_runs(options.a, options.b)))
+    if options.html is not None:
+        write_comparison(options.a, options.b, options.html)
+        print(f"page: {options.html}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from diptych.run.report import write_report
+
+    write_report(options.run)
+    print(options.run / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

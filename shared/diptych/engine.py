@@ -1,0 +1,297 @@
+"""The protocol that both engines implement, and the data that crosses it.
+
+An engine turns tokens into per-token numbers and gradients; the hinge decides what the numbers mean (law 2). All that
+crosses this line is NumPy on the host. Columns are *token-aligned*: `logprobs[b, t]` is log p(tokens[b, t] | tokens
+before t), so column 0 is 0; `scores[b, t]` is the scalar head after the model has read tokens[b, 0..t].
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from diptych.errors import UserError
+
+Array = Any  # whatever the array API standard calls an array: NumPy, JAX (traced too) or torch
+Tensors = dict[str, np.ndarray]  # Hugging Face tensor name -> value
+Metrics = dict[str, float]
+Precision = Literal["float32", "float64"]
+Head = Literal["lm", "scalar"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Rows of tokens as the data layer made them. Masks and positions are given, never guessed from token ids.
+
+    tokens: int32 [batch, time]. attention: True on real tokens. positions: int32, the index of each real token within
+    its row, 0 on padding. first: the first column whose log-probability is wanted (static); engines return 0 before
+    it and need not compute it.
+    """
+
+    tokens: Int[np.ndarray, "batch time"]
+    attention: Bool[np.ndarray, "batch time"]
+    positions: Int[np.ndarray, "batch time"]
+    first: int = 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, rows: slice | np.ndarray) -> TokenBatch:
+        """The same batch with only `rows`."""
+        return TokenBatch(
+            tokens=self.tokens[rows], attention=self.attention[rows], positions=self.positions[rows], first=self.first
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """A token batch and the loss's own arrays.
+
+    arrays: name -> [batch, time] or [batch], cut along with the rows into micro-batches. denominators: name -> float,
+    global over the whole optimizer step (law 4), the same for every micro-batch.
+    """
+
+    tokens: TokenBatch
+    arrays: Mapping[str, np.ndarray]
+    denominators: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A pure loss function and its settings; hashable, so that an engine compiles it once.
+
+    The engine calls `function(outputs, **arrays, **denominators, **options)` for every micro-batch, where `outputs` is
+    `logprobs` [batch, time] (reads="logprobs"; computed at `temperature`) or `scores` [batch, time] (reads="scores").
+    It returns `(loss, metrics)`, both already divided by global denominators: their sums over micro-batches are the
+    values of the step (a metric whose name ends in `_max` is combined by maximum instead). A function that reads logprobs also receives `entropy` [batch, time] (no gradient) when
+    `entropy` is True.
+    """
+
+    function: Callable[..., tuple[Array, dict[str, Array]]]
+    reads: Literal["logprobs", "scores"]
+    options: tuple[tuple[str, float | str | bool], ...] = ()
+    temperature: float = 1.0
+    entropy: bool = False
+
+    def __call__(self, outputs: Array, **inputs: Array) -> tuple[Array, dict[str, Array]]:
+        return self.function(outputs, **inputs, **dict(self.options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Left-padded prompts. tokens: int32 [batch, prompt]; attention: True on real tokens; positions as in TokenBatch."""
+
+    tokens: Int[np.ndarray, "batch prompt"]
+    attention: Bool[np.ndarray, "batch prompt"]
+    positions: Int[np.ndarray, "batch prompt"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 switch truncation off.
+
+    stop_token_ids end a row; the stop token itself belongs to the response.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+    @property
+    def scoring_temperature(self) -> float:
+        """The temperature of the log-probabilities that go with these draws: greedy rows are scored at 1."""
+        return self.temperature if self.temperature > 0 else 1.0
+
+
+class Finish(enum.IntEnum):
+    """Why a row ended."""
+
+    LENGTH = 0
+    STOP = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """What a sampler returns; all [batch, new], new = max_new_tokens, right-padded with `mask` False.
+
+    tokens: int32. mask: True on generated tokens, the stop token included. logprobs: of each drawn token under the
+    tempered, untruncated distribution (what `Model.logprobs` computes for the same tokens). margins: distance from the
+    uniform to the nearer edge of the drawn token's interval of the cumulative distribution (greedy: half the gap of
+    the two largest probabilities); a token whose margin is below numerical noise is a near-tie. finish: [batch].
+    """
+
+    tokens: Int[np.ndarray, "batch new"]
+    mask: Bool[np.ndarray, "batch new"]
+    logprobs: Float[np.ndarray, "batch new"]
+    margins: Float[np.ndarray, "batch new"]
+    finish: Int[np.ndarray, " batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec:
+    """An optimizer with nothing left to a framework's default (law 6). The learning rate comes with every update.
+
+    AdamW: m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + wd p)
+    (Loshchilov and Hutter 2019; eps outside the root and after bias correction, the form of Kingma and Ba's
+    Algorithm 1). SGD: m = momentum m + g; p -= lr (m + wd p). Weight decay touches only tensors of two or more
+    dimensions. Before either, gradients are scaled by max_grad_norm / (norm + 1e-6) where that is below 1.
+    ema_decay: when set, a float32 (float64 in float64) average is kept: ema = decay ema + (1 - decay) p each step.
+    """
+
+    name: Literal["adamw", "sgd"]
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model to be built on an accelerator.
+
+    config: the contents of a Hugging Face config.json. weights: every tensor of the model under its Hugging Face name,
+    the scalar head `score.weight` [1, hidden] included where head="scalar" (checked by `diptych.weights`). optimizer:
+    None for a frozen model. micro_batch_size: rows that go through the model at once, in updates and in scoring.
+    logprob_chunk: tokens whose vocabulary-wide logits exist at once.
+    """
+
+    config: Mapping[str, Any]
+    weights: Mapping[str, np.ndarray] = field(repr=False)
+    head: Head
+    optimizer: OptimizerSpec | None
+    micro_batch_size: int
+    logprob_chunk: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerState:
+    """Optimizer state in canonical names. step: updates made. first, second: moments by Hugging Face tensor name.
+
+    For SGD `first` is the momentum buffer and `second` is empty.
+    """
+
+    step: int
+    first: Tensors
+    second: Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine needs to know before its first model. `zero_stage` is read by the torch engine only."""
+
+    precision: Precision
+    zero_stage: int = 0
+
+
+class Model(Protocol):
+    """One model on the accelerator. Every array that goes in or comes out is NumPy; floats are float32 or float64."""
+
+    spec: ModelSpec
+
+    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Float[np.ndarray, "batch time"]:
+        """Log-probability of each token given those before it, of logits / temperature; 0 before `batch.first`."""
+        ...
+
+    def scores(self, batch: TokenBatch) -> Float[np.ndarray, "batch time"]:
+        """The scalar head at each token."""
+        ...
+
+    def update(self, loss: Loss, batch: TrainBatch, *, learning_rate: float) -> Metrics:
+        """One optimizer step over all rows of `batch`, in micro-batches. Returns `loss`, the loss's metrics summed over
+        micro-batches, and `grad_norm` (before clipping)."""
+        ...
+
+    def evaluate(self, loss: Loss, batch: TrainBatch) -> Metrics:
+        """The same numbers as `update` without gradient or step (no `grad_norm`)."""
+        ...
+
+    def gradients(self, loss: Loss, batch: TrainBatch) -> Tensors:
+        """The gradient of the step's loss for every tensor, unclipped, by Hugging Face name. Changes nothing."""
+        ...
+
+    def generate(
+        self, prompts: PromptBatch, sampling: Sampling, uniforms: Float[np.ndarray, "batch new"], *, pad_token_id: int
+    ) -> Completions:
+        """Sample completions by inverse CDF on the given uniforms (ignored when greedy)."""
+        ...
+
+    def weights(self) -> Tensors:
+        """Copies of all tensors by Hugging Face name."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Replace all weights (same names and shapes); the optimizer state stays."""
+        ...
+
+    def ema_weights(self) -> Tensors:
+        """The averaged weights (only where `ema_decay` is set)."""
+        ...
+
+    def optimizer_state(self) -> OptimizerState: ...
+
+    def load_optimizer_state(self, state: OptimizerState) -> None: ...
+
+    def save_checkpoint(self, directory: Path) -> None:
+        """Everything that training needs to go on bit for bit, in the engine's native format, into an empty folder."""
+        ...
+
+    def load_checkpoint(self, directory: Path) -> None: ...
+
+
+class Engine(Protocol):
+    """Everything that touches an accelerator."""
+
+    name: str
+    settings: EngineSettings
+
+    def model(self, spec: ModelSpec) -> Model: ...
+
+    def environment(self) -> dict[str, str]:
+        """Versions, devices and precision switches, for the run's record."""
+        ...
+
+
+ENGINES: Mapping[str, tuple[str, Sequence[str]]] = {
+    "jax": ("diptych_jax.engine", ("jax", "flax", "optax", "orbax.checkpoint")),
+    "torch": ("diptych_torch.engine", ("torch", "deepspeed", "transformers")),
+}
+
+
+def load_engine(name: str, settings: EngineSettings) -> Engine:
+    """Import the engine `name` and start it.
+
+    Raises UserError when it is unknown or its framework is not installed.
+    """
+    if name not in ENGINES:
+        raise UserError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
+    module_name, requirements = ENGINES[name]
+    missing = [package for package in requirements if not _is_installed(package)]
+    if missing:
+        raise UserError(
+            f"engine {name!r} is not installed ({', '.join(missing)} missing): pip install 'diptych[{name}]'"
+        )
+    module = importlib.import_module(module_name)
+    return module.create(settings)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name is absent
+        return False

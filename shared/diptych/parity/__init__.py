@@ -1,0 +1,1 @@
+"""Comparing two engines: tolerances (one table, with reasons)."""

@@ -1,0 +1,65 @@
+"""Every tolerance that a run or a test uses, in one table, each with its reason (law 9).
+
+The rungs are those of docs/parity.md. Values are absolute unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from diptych.engine import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """limit by precision, and why it is what it is."""
+
+    float64: float
+    float32: float
+    reason: str
+
+    def at(self, precision: Precision) -> float:
+        return self.float64 if precision == "float64" else self.float32
+
+
+TOLERANCES: Mapping[str, Tolerance] = {
+    "function": Tolerance(
+        float64=1e-12, float32=1e-6, reason="one formula in two array libraries: a few ulp of elementwise functions"
+    ),
+    "model": Tolerance(
+        float64=1e-12, float32=2e-5, reason="log-probabilities of small models: 1e-6 to 5e-6 measured in float32"
+    ),
+    "gradient_relative_l2": Tolerance(
+        float64=1e-11, float32=2e-5, reason="worst tensor: 1e-6 measured in float32, 1e-15 in float64"
+    ),
+    "optimizer": Tolerance(
+        float64=1e-13, float32=1e-7, reason="parameters and moments after identical gradients: 7e-8 after ten steps"
+    ),
+    "moment_relative_l2": Tolerance(
+        float64=1e-11, float32=2e-5, reason="moments after one lockstep step: linear in the gradient (second: twice)"
+    ),
+    "weights_relative_l2": Tolerance(
+        float64=1e-11,
+        float32=5e-5,
+        reason="weights after one lockstep step: Adam amplifies rounding where |g| is near eps, so per tensor, not per "
+        "element",
+    ),
+    "trajectory_relative": Tolerance(
+        float64=1e-8, float32=1e-5, reason="float64 runs free, 1.7e-10 after 300 steps; float32 only in lockstep"
+    ),
+    "decode": Tolerance(
+        float64=1e-12, float32=2e-5, reason="decode with a cache against the training forward, same weights and engine"
+    ),
+    # Run-time invariants: wider than the tests, because they hold for models of any size. What they catch (wrong
+    # positions, masks, stale weights, active dropout) is orders of magnitude larger.
+    "first_ratio": Tolerance(
+        float64=1e-9, float32=1e-3, reason="ratio of the first update to the log-probabilities just scored, minus 1"
+    ),
+    "reference_kl": Tolerance(
+        float64=1e-9, float32=1e-3, reason="log-ratio to the reference while the weights are still equal"
+    ),
+    "sampler_gap": Tolerance(
+        float64=1e-9, float32=1e-3, reason="sampler's log-probability against the training forward's, same weights"
+    ),
+}

@@ -1,0 +1,1 @@
+"""The three stages, written once over the engine protocol."""

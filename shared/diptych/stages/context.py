@@ -1,0 +1,139 @@
+"""What every stage is given, and the bookkeeping that all stages share."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diptych.algorithms.schedules import learning_rate
+from diptych.data.examples import PairExample, PromptExample, Split, TokenExample
+from diptych.data.tokenizer import Tokenizer
+from diptych.engine import Engine, Metrics, Model, ModelSpec, OptimizerSpec
+from diptych.recipe.schema import OptimizerRecipe, Recipe
+from diptych.run.directory import RunDirectory
+from diptych.weights.huggingface import Checkpoint, write_checkpoint
+
+NUM_SAMPLES = 6  # answers shown in the report before and after a stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets:
+    """The data of the requested stages, read and checked before anything is written."""
+
+    demonstrations: Split[TokenExample] | None = None
+    preferences: Split[PairExample] | None = None
+    prompts: Split[PromptExample] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """A run in progress. model_directories: the input of each stage by role ("sft", "reward", "policy", "reward_model").
+
+    resume: go on from the newest checkpoint of the stage where there is one.
+    """
+
+    recipe: Recipe
+    engine: Engine
+    run: RunDirectory
+    tokenizer: Tokenizer
+    tokenizer_directory: Path
+    datasets: Datasets
+    model_directories: Mapping[str, Path] = field(default_factory=dict)
+    resume: bool = False
+
+    def model(self, checkpoint: Checkpoint, *, optimizer: OptimizerSpec | None, micro_batch_size: int) -> Model:
+        """Put a checkpoint on the accelerator, to be trained where `optimizer` is given."""
+        return self.engine.model(
+            ModelSpec(
+                config=checkpoint.config,
+                weights=checkpoint.weights,
+                head=checkpoint.head,
+                optimizer=optimizer,
+                micro_batch_size=micro_batch_size,
+                logprob_chunk=self.recipe.logprob_chunk,
+            )
+        )
+
+    def save_model(self, name: str, like: Checkpoint, weights: Mapping[str, Any]) -> Path:
+        """Write models/NAME with `like`'s config, these weights and the run's tokenizer."""
+        directory = self.run.model_path(name)
+        tokens = {
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "bos_token_id": self.tokenizer.bos_token_id,
+        }
+        checkpoint = replace(like, config=like.config | tokens, weights=dict(weights))
+        write_checkpoint(directory, checkpoint, tokenizer_directory=self.tokenizer_directory)
+        return directory
+
+
+@dataclass
+class Clock:
+    """Seconds that a stage has worked, over all its resumed parts."""
+
+    before: float = 0.0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self._start
+
+
+def optimizer_spec(recipe: OptimizerRecipe, *, ema_decay: float | None = None) -> OptimizerSpec:
+    """The engine's view of a recipe's optimizer."""
+    return OptimizerSpec(
+        name=recipe.name,
+        beta1=recipe.betas[0],
+        beta2=recipe.betas[1],
+        eps=recipe.eps,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        ema_decay=ema_decay,
+    )
+
+
+def schedule(peak: float, recipe: OptimizerRecipe, num_steps: int) -> Callable[[int], float]:
+    """step -> learning rate, an explicit number for every optimizer step."""
+    return lambda step: learning_rate(
+        step, peak=peak, num_steps=num_steps, schedule=recipe.schedule, warmup_steps=recipe.warmup_steps
+    )
+
+
+def save_training_state(
+    context: StageContext, stage: str, step: int, models: Mapping[str, Model], progress: Mapping[str, Any]
+) -> None:
+    """A checkpoint to resume from: each model in its engine's format, and the stage's own counters."""
+    with context.run.checkpoint(stage, step, keep=context.recipe.checkpoint.keep) as directory:
+        for name, model in models.items():
+            (directory / name).mkdir()
+            model.save_checkpoint(directory / name)
+        (directory / "progress.json").write_text(json.dumps(dict(progress)), encoding="utf-8")
+
+
+def load_training_state(
+    context: StageContext, stage: str, models: Mapping[str, Model]
+) -> tuple[int, dict[str, Any]]:
+    """Load the newest checkpoint of the stage into `models`; (0, {}) where there is none or the run does not resume."""
+    latest = context.run.latest_checkpoint(stage) if context.resume else None
+    if latest is None:
+        return 0, {}
+    step, directory = latest
+    for name, model in models.items():
+        model.load_checkpoint(directory / name)
+    return step, json.loads((directory / "progress.json").read_text(encoding="utf-8"))
+
+
+def add_metrics(parts: Sequence[Metrics]) -> Metrics:
+    """Combine metrics that were divided by one global denominator: sums, and maxima for names in `_max`."""
+    total: Metrics = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in total:
+                total[name] = value
+            else:
+                total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value
+    return total

@@ -1,0 +1,423 @@
+"""Stage 3, PPO: rollout, score, shape, update; actor and critic trained, reference and reward frozen.
+
+Down into the engine for tokens, log-probabilities and scores; up once; rewards, advantages and masks in NumPy; down
+again for the updates. The formulas are in `diptych.algorithms`, the run-time invariants in `invariants.py`.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from diptych import random
+from diptych.algorithms.dialects import DIALECTS, Experience, experience
+from diptych.algorithms.losses import ppo_policy_loss, ppo_value_loss
+from diptych.data.batches import order
+from diptych.data.examples import PromptExample
+from diptych.engine import Loss, Metrics, Model, TrainBatch
+from diptych.errors import InvariantError
+from diptych.rewards.function import call, load_function
+from diptych.run.metrics import MetricsLogger
+from diptych.run.progress import Progress
+from diptych.stages.context import (
+    NUM_SAMPLES,
+    Clock,
+    StageContext,
+    load_training_state,
+    optimizer_spec,
+    save_training_state,
+    schedule,
+)
+from diptych.stages.invariants import check_first_ratio, check_reference, check_sampler_gap
+from diptych.stages.rollout import Rollout, roll_out, sampling_of
+from diptych.weights.huggingface import Checkpoint, read_checkpoint, with_scalar_head
+
+Scorer = Callable[[Rollout, Sequence[PromptExample]], Float[np.ndarray, " rows"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The four models. reward is None where a function rewards; evaluate scores held-out answers."""
+
+    policy: Model
+    reference: Model
+    critic: Model
+    score: Scorer
+    evaluate: Scorer
+    policy_checkpoint: Checkpoint
+    critic_checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A rollout with everything that was computed about it; arrays [rows, new], response-aligned."""
+
+    rollout: Rollout
+    logprobs: np.ndarray
+    ref_logprobs: np.ndarray
+    values: np.ndarray
+    scores: np.ndarray
+    experience: Experience
+
+
+@dataclass
+class Timer:
+    """Seconds by phase of one iteration."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run_rl(context: StageContext) -> dict[str, Any]:
+    """Train the policy by PPO, leave models/rl, rl-critic and (where kept) rl-ema, and return the stage's summary."""
+    settings = context.recipe.rl
+    split = context.datasets.prompts
+    assert split is not None, "the pipeline reads the data of every stage that it runs"
+    models = build_models(context)
+    ppo = PPO(context, models)
+    trained = {"policy": models.policy, "critic": models.critic}
+    start, progress = load_training_state(context, "rl", trained)
+    clock = Clock(before=progress.get("seconds", 0.0))
+    generated = int(progress.get("generated_tokens", 0))
+    before: Metrics = progress.get("eval_before", {})
+    latest: Metrics = progress.get("eval_latest", {})
+    last_kl = float(progress.get("kl", 0.0))
+    held_out = split.held_out[: settings.eval_prompts]
+
+    with (
+        MetricsLogger(context.run, "rl", resume_from=start) as logger,
+        Progress(settings.iterations, "rl", initial=start) as bar,
+    ):
+        if start == 0:
+            before = latest = ppo.evaluate(held_out, when="before")
+            logger.log(0, before)
+        for iteration in range(start, settings.iterations):
+            prompts = ppo.prompts(split.train, iteration)
+            metrics, tokens = ppo.iterate(prompts, iteration)
+            generated += tokens
+            last_kl = metrics["objective/kl"]
+            done = iteration + 1
+            if done % settings.eval_every == 0 or done == settings.iterations:
+                when = "after" if done == settings.iterations else None
+                latest = ppo.evaluate(held_out, when=when)
+                metrics |= latest
+            metrics["episode"] = float(done * settings.batch_size * settings.samples_per_prompt)
+            logger.log(done, metrics)
+            bar.advance(
+                tokens=tokens,
+                shown={"score": metrics["objective/scores"], "kl": last_kl, "eval": latest["eval/score"]},
+            )
+            every = context.recipe.checkpoint.every
+            if every and done % every == 0 and done < settings.iterations:
+                state = {
+                    "seconds": clock.seconds(),
+                    "generated_tokens": generated,
+                    "eval_before": before,
+                    "eval_latest": latest,
+                    "kl": last_kl,
+                }
+                save_training_state(context, "rl", done, trained, state)
+
+    context.save_model("rl", models.policy_checkpoint, models.policy.weights())
+    context.save_model("rl-critic", models.critic_checkpoint, models.critic.weights())
+    if settings.ema_decay is not None:
+        context.save_model("rl-ema", models.policy_checkpoint, models.policy.ema_weights())
+    return {
+        "eval_score_before": before["eval/score"],
+        "eval_score_after": latest["eval/score"],
+        "eval_reward_before": before["eval/reward"],
+        "eval_reward_after": latest["eval/reward"],
+        "kl": latest["eval/kl"],
+        "kl_last_rollout": last_kl,
+        "kl_bound": settings.max_kl,
+        "iterations": settings.iterations,
+        "generated_tokens": generated,
+        "seconds": clock.seconds(),
+        "data": split.report,
+    }
+
+
+def build_models(context: StageContext) -> Models:
+    """Put actor, reference, critic and reward on the accelerator."""
+    recipe, settings = context.recipe, context.recipe.rl
+    policy_checkpoint = read_checkpoint(context.model_directories["policy"], precision=recipe.precision)
+    rows = settings.micro_batch_size
+    optimizer = optimizer_spec(settings.optimizer)
+    if "reward_model" in context.model_directories:
+        critic_checkpoint = read_checkpoint(context.model_directories["reward_model"], precision=recipe.precision)
+        reward_model = context.model(critic_checkpoint, optimizer=None, micro_batch_size=rows)
+        score = _model_scorer(reward_model)
+    else:
+        critic_checkpoint = with_scalar_head(policy_checkpoint, seed=recipe.seed, zero=True)
+        assert settings.reward.function is not None, "checked with the recipe"
+        score = _function_scorer(settings.reward.function)
+    evaluation = settings.evaluation_function
+    return Models(
+        policy=context.model(
+            policy_checkpoint,
+            optimizer=optimizer_spec(settings.optimizer, ema_decay=settings.ema_decay),
+            micro_batch_size=rows,
+        ),
+        reference=context.model(policy_checkpoint, optimizer=None, micro_batch_size=rows),
+        critic=context.model(critic_checkpoint, optimizer=optimizer, micro_batch_size=rows),
+        score=score,
+        evaluate=_function_scorer(evaluation) if evaluation else score,
+        policy_checkpoint=policy_checkpoint,
+        critic_checkpoint=critic_checkpoint,
+    )
+
+
+def _model_scorer(reward: Model) -> Scorer:
+    return lambda rollout, _prompts: rollout.end_scores(reward.scores(rollout.tokens))
+
+
+def _function_scorer(target: str) -> Scorer:
+    function = load_function(target)
+    return lambda rollout, prompts: call(
+        function, [prompt.text for prompt in prompts], rollout.texts, [prompt.data for prompt in prompts]
+    )
+
+
+class PPO:
+    """One PPO run's fixed parts, and an iteration of it."""
+
+    def __init__(self, context: StageContext, models: Models) -> None:
+        self.context = context
+        self.models = models
+        self.recipe = context.recipe
+        self.settings = settings = context.recipe.rl
+        self.sampling = sampling_of(self.recipe, context.tokenizer)
+        self.dialect = DIALECTS[settings.dialect]
+        num_updates = settings.iterations * settings.epochs * settings.mini_batches
+        self.policy_rate = schedule(settings.learning_rate, settings.optimizer, num_updates)
+        critic_peak = settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate
+        self.critic_rate = schedule(critic_peak, settings.optimizer, num_updates)
+        self.policy_loss = Loss(
+            function=ppo_policy_loss,
+            reads="logprobs",
+            options=(("clip_range", settings.clip_range),),
+            temperature=self.sampling.scoring_temperature,
+            entropy=True,
+        )
+        self.value_loss = Loss(
+            function=ppo_value_loss,
+            reads="scores",
+            options=(("value_clip_range", settings.value_clip_range), ("value_coef", settings.value_coef)),
+        )
+
+    def prompts(self, train: Sequence[PromptExample], iteration: int) -> list[PromptExample]:
+        """The prompts of an iteration, each `samples_per_prompt` times in a row."""
+        settings = self.settings
+        chosen = order(
+            len(train), seed=self.recipe.seed, purpose="rl/order",
+            start=iteration * settings.batch_size, count=settings.batch_size,
+        )  # fmt: skip
+        return [train[int(index)] for index in chosen for _ in range(settings.samples_per_prompt)]
+
+    def iterate(self, prompts: Sequence[PromptExample], iteration: int) -> tuple[Metrics, int]:
+        """One iteration: the metrics to log, and the number of generated tokens."""
+        timer = Timer()
+        began = time.perf_counter()
+        with timer.phase("rollout"):
+            rollout = self.roll_out(prompts, purpose="rl/rollout", step=iteration)
+        with timer.phase("score"):
+            scored = self.score(rollout, prompts)
+        metrics = self.describe(scored)
+        check_sampler_gap(metrics["rollout/logprob_gap_max"], rollout, self.recipe.precision, iteration)
+        if iteration == 0:
+            check_reference(scored.logprobs, scored.ref_logprobs, rollout.completions.mask, self.recipe.precision)
+        if self.settings.max_kl is not None and metrics["objective/kl"] > self.settings.max_kl:
+            raise InvariantError(
+                f"rl iteration {iteration + 1}: mean KL to the reference is {metrics['objective/kl']:.3f} nats per "
+                f"response, above rl.max_kl = {self.settings.max_kl}: raise rl.kl_coef, lower rl.learning_rate, or "
+                f"raise the bound"
+            )
+        with timer.phase("update"):
+            metrics |= self.update(scored, iteration)
+        tokens = int(rollout.completions.mask.sum())
+        seconds = time.perf_counter() - began
+        metrics |= {f"timing_s/{name}": value for name, value in timer.seconds.items()}
+        metrics["timing_s/iteration"] = seconds
+        metrics["eps"] = len(prompts) / seconds
+        metrics["tokens_per_second"] = tokens / timer.seconds["rollout"]
+        return metrics, tokens
+
+    def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
+        """Log-probabilities of actor and reference, values, scores, and what the dialect makes of them."""
+        models, settings = self.models, self.settings
+        temperature = self.sampling.scoring_temperature
+        logprobs = rollout.of_response(models.policy.logprobs(rollout.tokens, temperature=temperature))
+        ref_logprobs = rollout.of_response(models.reference.logprobs(rollout.tokens, temperature=temperature))
+        values = rollout.of_state(models.critic.scores(rollout.tokens))
+        scores = np.asarray(models.score(rollout, prompts), dtype=logprobs.dtype)
+        return Scored(
+            rollout=rollout,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            scores=scores,
+            experience=experience(
+                self.dialect,
+                logprobs=logprobs,
+                ref_logprobs=ref_logprobs,
+                values=values,
+                scores=self._penalised(scores, rollout),
+                mask=rollout.completions.mask,
+                ended=rollout.ended,
+                kl_coef=settings.kl_coef,
+                kl_estimator=settings.kl_estimator,
+                gamma=settings.gamma,
+                lam=settings.lam,
+                whiten_rewards=settings.whiten_rewards,
+                score_clip=settings.score_clip,
+            ),
+        )
+
+    def update(self, scored: Scored, iteration: int) -> Metrics:
+        """All optimizer steps on one rollout. Metrics are means over the steps; norms too."""
+        settings = self.settings
+        rows = len(scored.scores)
+        size = rows // settings.mini_batches
+        per_step: list[Metrics] = []
+        for epoch in range(settings.epochs):
+            turn = iteration * settings.epochs + epoch
+            shuffled = random.permutation(self.recipe.seed, "rl/mini_batches", rows, step=turn)
+            for index in range(settings.mini_batches):
+                chosen = np.sort(shuffled[index * size : (index + 1) * size])
+                step = turn * settings.mini_batches + index
+                policy = self.models.policy.update(
+                    self.policy_loss, self.policy_batch(scored, chosen), learning_rate=self.policy_rate(step)
+                )
+                if not per_step:
+                    check_first_ratio(policy["policy/ratio_deviation_max"], self.recipe.precision, iteration)
+                critic = self.models.critic.update(
+                    self.value_loss, self.value_batch(scored, chosen), learning_rate=self.critic_rate(step)
+                )
+                policy["grad_norm/policy"] = policy.pop("grad_norm")
+                critic["grad_norm/critic"] = critic.pop("grad_norm")
+                policy.pop("loss")
+                critic.pop("loss")
+                per_step.append(policy | critic | {"lr": self.policy_rate(step), "lr_critic": self.critic_rate(step)})
+        first_deviation = per_step[0]["policy/ratio_deviation_max"]
+        deviation = max(metrics["policy/ratio_deviation_max"] for metrics in per_step)
+        metrics = {name: float(np.mean([row[name] for row in per_step])) for name in per_step[0]}
+        metrics["policy/ratio_deviation_max"] = deviation
+        metrics["policy/first_ratio_deviation_max"] = first_deviation
+        # Variance over response tokens, from E[r^2] - E[r]^2 around 1 so that nothing cancels at ratios near 1.
+        metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_square") - metrics["val/ratio"] ** 2)
+        return metrics
+
+    def policy_batch(self, scored: Scored, rows: np.ndarray) -> TrainBatch:
+        """Token-aligned arrays of the policy loss; the denominator counts all response tokens of the step."""
+        made, rollout = scored.experience, scored.rollout
+        mask = made.policy_mask.astype(scored.logprobs.dtype)
+        arrays = {"old_logprobs": scored.logprobs, "advantages": made.advantages, "mask": mask}
+        return TrainBatch(
+            tokens=rollout.tokens.take(rows),
+            arrays={name: rollout.at_response(value)[rows] for name, value in arrays.items()},
+            denominators={"num_tokens": float(mask[rows].sum())},
+        )
+
+    def value_batch(self, scored: Scored, rows: np.ndarray) -> TrainBatch:
+        """State-aligned arrays of the value loss."""
+        made, rollout = scored.experience, scored.rollout
+        mask = made.value_mask.astype(scored.values.dtype)
+        arrays = {"old_values": made.values, "returns": made.returns, "mask": mask}
+        return TrainBatch(
+            tokens=rollout.tokens.take(rows),
+            arrays={name: rollout.at_state(value)[rows] for name, value in arrays.items()},
+            denominators={"num_tokens": float(mask[rows].sum())},
+        )
+
+    def describe(self, scored: Scored) -> Metrics:
+        """The metrics of a rollout before any update: TRL's names, and what its users miss."""
+        made, done = scored.experience, scored.rollout.completions
+        mask = done.mask
+        lengths = mask.sum(axis=1)
+        gap = np.where(mask, np.abs(done.logprobs - scored.logprobs), 0.0)
+        kl = (scored.logprobs - scored.ref_logprobs)[mask]
+        penalty = -self.settings.kl_coef * made.kl_per_response
+        return {
+            "objective/kl": float(np.where(mask, scored.logprobs - scored.ref_logprobs, 0.0).sum(axis=1).mean()),
+            "objective/kl_k3_per_token": float(np.mean(np.exp(-kl) - 1 + kl)),
+            "objective/entropy": float(-(np.where(mask, scored.logprobs, 0.0)).sum(axis=1).mean()),
+            "objective/non_score_reward": float(penalty.mean()),
+            "objective/rlhf_reward": float((penalty + scored.scores).mean()),
+            "objective/scores": float(scored.scores.mean()),
+            "objective/scores_std": float(scored.scores.std()),
+            "objective/values": float(scored.values[mask].mean()),
+            "objective/returns": float(made.returns[made.value_mask].mean()),
+            "objective/advantages_std": float(made.advantages[made.policy_mask].std()),
+            "val/num_eos_tokens": float(scored.rollout.ended.sum()),
+            "eos_rate": float(scored.rollout.ended.mean()),
+            "response_length/mean": float(lengths.mean()),
+            "response_length/max": float(lengths.max()),
+            "response_length/min": float(lengths.min()),
+            "rollout/logprob_gap_max": float(gap.max()),
+            "rollout/logprob_gap_mean": float(gap.sum() / mask.sum()),
+            "rollout/token_mult_prob_error": float(np.exp(gap[mask]).mean()),
+            "rollout/margin_min": float(done.margins[mask].min()),
+            # Exact in a float64: equal checksums are equal tokens, on another engine or after a resume.
+            "rollout/tokens_crc32": float(zlib.crc32(np.where(mask, done.tokens, -1).astype("<i4").tobytes())),
+        }
+
+    def evaluate(self, held_out: Sequence[PromptExample], *, when: str | None) -> Metrics:
+        """Score held-out prompts, always with the same draws; write samples before and after the stage."""
+        rollout = self.roll_out(held_out, purpose="rl/eval", step=0)
+        temperature = self.sampling.scoring_temperature
+        logprobs = rollout.of_response(self.models.policy.logprobs(rollout.tokens, temperature=temperature))
+        reference = rollout.of_response(self.models.reference.logprobs(rollout.tokens, temperature=temperature))
+        mask = rollout.completions.mask
+        truth = self.models.evaluate(rollout, held_out)
+        rewards = self.models.score(rollout, held_out)
+        if when is not None:
+            samples = [
+                {"prompt": prompt.text, "response": text, "score": float(score)}
+                for prompt, text, score in zip(held_out, rollout.texts, truth, strict=True)
+            ]
+            self.context.run.add_samples("rl", when, samples[:NUM_SAMPLES])
+        return {
+            "eval/score": float(np.mean(truth)),
+            "eval/reward": float(np.mean(rewards)),
+            "eval/kl": float(np.where(mask, logprobs - reference, 0.0).sum(axis=1).mean()),
+            "eval/response_length": float(mask.sum(axis=1).mean()),
+            "eval/eos_rate": float(rollout.ended.mean()),
+        }
+
+    def roll_out(self, prompts: Sequence[PromptExample], *, purpose: str, step: int) -> Rollout:
+        """Sample a response to each prompt; a prompt's repeats have row ids, and so draws, of their own."""
+        repeats: dict[int, int] = {}
+        rows = []
+        for prompt in prompts:
+            repeat = repeats.get(prompt.row, 0)
+            repeats[prompt.row] = repeat + 1
+            rows.append(prompt.row + (repeat << 40))
+        return roll_out(
+            self.models.policy,
+            prompts,
+            rows=rows,
+            sampling=self.sampling,
+            tokenizer=self.context.tokenizer,
+            buckets=self.recipe.data.buckets,
+            seed=self.recipe.seed,
+            purpose=purpose,
+            step=step,
+        )
+
+    def _penalised(self, scores: np.ndarray, rollout: Rollout) -> np.ndarray:
+        penalty = self.settings.missing_eos_penalty
+        return scores - penalty * (~rollout.ended).astype(scores.dtype)
+
+

@@ -1,0 +1,132 @@
+"""Rollouts: prompts in, finished responses out, with the masks that the sampler knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from diptych import random
+from diptych.data.batches import join, prompt_batch
+from diptych.data.examples import PromptExample, TokenExample
+from diptych.data.tokenizer import Tokenizer
+from diptych.engine import Completions, Finish, Model, PromptBatch, Sampling, TokenBatch
+from diptych.errors import UserError
+from diptych.recipe.schema import Recipe
+from diptych.stages.context import StageContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Finished responses. tokens: prompt and response in one row, responses from column `tokens.first` on."""
+
+    prompts: PromptBatch
+    completions: Completions
+    tokens: TokenBatch
+    texts: list[str]
+
+    @property
+    def ended(self) -> np.ndarray:
+        """[rows] bool: the response ended by itself."""
+        return self.completions.finish == Finish.STOP
+
+    def of_response(self, columns: Float[np.ndarray, "rows time"]) -> Float[np.ndarray, "rows new"]:
+        """Token-aligned columns of the responses."""
+        return columns[:, self.tokens.first :]
+
+    def of_state(self, columns: Float[np.ndarray, "rows time"]) -> Float[np.ndarray, "rows new"]:
+        """Scores of the state *before* each response token (the column of the token that precedes it)."""
+        return columns[:, self.tokens.first - 1 : -1]
+
+    def at_response(self, values: np.ndarray) -> np.ndarray:
+        """The inverse of `of_response`: full-width columns, 0 elsewhere."""
+        columns = np.zeros(self.tokens.tokens.shape, values.dtype)
+        columns[:, self.tokens.first :] = values
+        return columns
+
+    def at_state(self, values: np.ndarray) -> np.ndarray:
+        """The inverse of `of_state`: full-width columns, 0 elsewhere."""
+        columns = np.zeros(self.tokens.tokens.shape, values.dtype)
+        columns[:, self.tokens.first - 1 : -1] = values
+        return columns
+
+    def end_scores(self, scores: Float[np.ndarray, "rows time"]) -> Float[np.ndarray, " rows"]:
+        """The score at each row's last response token."""
+        last = self.tokens.first + self.completions.mask.sum(axis=1) - 1
+        return scores[np.arange(len(last)), last]
+
+
+def sampling_of(recipe: Recipe, tokenizer: Tokenizer) -> Sampling:
+    """The recipe's sampling settings, stop strings resolved to single tokens."""
+    rollout = recipe.rollout
+    stop = list(tokenizer.eos_token_ids)
+    for text in rollout.stop:
+        token = tokenizer.token_id(text)
+        if token is None:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) != 1:
+                raise UserError(f"rollout.stop: {text!r} is {len(ids)} tokens; only single tokens can end a response")
+            token = ids[0]
+        stop.append(token)
+    return Sampling(
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        max_new_tokens=rollout.max_new_tokens,
+        stop_token_ids=tuple(dict.fromkeys(stop)),
+    )
+
+
+def roll_out(
+    model: Model,
+    prompts: Sequence[PromptExample],
+    *,
+    rows: Sequence[int],
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    buckets: Sequence[int],
+    seed: int,
+    purpose: str,
+    step: int,
+) -> Rollout:
+    """Sample one response to each prompt. The draws are keyed by (seed, purpose, step, row id, position)."""
+    batch = prompt_batch(prompts, buckets=buckets, pad_token_id=tokenizer.pad_token_id)
+    uniforms = random.uniforms(seed, purpose, step=step, rows=rows, num_positions=sampling.max_new_tokens)
+    completions = model.generate(batch, sampling, uniforms, pad_token_id=tokenizer.pad_token_id)
+    texts = [
+        tokenizer.decode(tokens[mask].tolist())
+        for tokens, mask in zip(completions.tokens, completions.mask, strict=True)
+    ]
+    return Rollout(prompts=batch, completions=completions, tokens=join(batch, completions), texts=texts)
+
+
+def sample_texts(
+    context: StageContext, model: Model, prompts: Sequence[PromptExample], *, stage: str, when: str
+) -> None:
+    """Write a few sampled answers to samples.jsonl, for the report."""
+    if not prompts:
+        return
+    rollout = roll_out(
+        model,
+        prompts,
+        rows=[prompt.row for prompt in prompts],
+        sampling=sampling_of(context.recipe, context.tokenizer),
+        tokenizer=context.tokenizer,
+        buckets=context.recipe.data.buckets,
+        seed=context.recipe.seed,
+        purpose=f"{stage}/samples",
+        step=0,
+    )
+    samples = [
+        {"prompt": prompt.text, "response": text, "score": None}
+        for prompt, text in zip(prompts, rollout.texts, strict=True)
+    ]
+    context.run.add_samples(stage, when, samples)
+
+
+def prompt_of(example: TokenExample, tokenizer: Tokenizer) -> PromptExample:
+    """The prompt of a demonstration: what stands before its first trained token."""
+    tokens = example.tokens[: int(example.trained.argmax())]
+    return PromptExample(row=example.row, tokens=tokens, text=tokenizer.decode(tokens.tolist()), data={})

@@ -1,0 +1,1 @@
+"""Model weights in Hugging Face format: families, directories, canonical tensor names."""

@@ -1,0 +1,115 @@
+"""DeepSpeed, kept quiet and given every setting: starting one process, ZeRO's configuration, whole parameters.
+
+What DeepSpeed does on a CPU unless it is told not to: compile a C++ extension for two minutes at start-up, look for
+MPI where no launcher set the ranks, and allocate gradient buckets of 2 GB for any model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from diptych.engine import OptimizerSpec
+from diptych.errors import UserError
+from torch import nn
+
+# Tensors of fewer elements stay whole in stage 3 (DeepSpeed's own default, named here).
+PERSISTENCE_THRESHOLD = 100_000
+
+
+def start() -> torch.device:
+    """Bring up torch.distributed for this process, alone where no launcher has set the ranks. Returns its device.
+
+    Once per process; later calls change nothing. Only environment variables that are not set are set.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if os.environ["WORLD_SIZE"] != "1":
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: the torch engine runs in one process so far; "
+            "start it without a launcher"
+        )
+    import deepspeed
+    import deepspeed.comm
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:  # its log goes to stdout, which belongs to the user
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    # DeepSpeed's calls of torch.distributed under names that torch renames; at every step, and not the user's to mend.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # Compiled at the first start (125 s here); used by inference_all_reduce only, never in training.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator: Any = get_accelerator()
+    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if not deepspeed.comm.is_initialized():
+        backend = accelerator.communication_backend_name()
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def world_size() -> int:
+    """Processes over which DeepSpeed averages gradients."""
+    return torch.distributed.get_world_size()
+
+
+def initialize(
+    network: nn.Module, optimizer: torch.optim.Optimizer, spec: OptimizerSpec, *, stage: int, micro_batch_size: int
+) -> Any:
+    """`deepspeed.initialize` of a trained network. Losses come in divided by global denominators, so DeepSpeed gets one
+    accumulation step and its boundaries by hand. At stage 0 clipping is ours (`optimizer.clip`)."""
+    import deepspeed
+
+    elements = sum(parameter.numel() for parameter in network.parameters())
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": (spec.max_grad_norm or 0.0) if stage > 0 else 0.0,
+        "prescale_gradients": False,
+        "steps_per_print": sys.maxsize,
+        "wall_clock_breakdown": False,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": elements,
+            "allgather_bucket_size": elements,
+            "stage3_prefetch_bucket_size": elements,
+            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        },
+    }
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+@contextlib.contextmanager
+def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has partitioned are whole; `write`: what is written to them (by every process
+    alike) stays. Of other parameters it changes nothing."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None):
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
