@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from diptych import random
 from diptych.recipe.load import load_recipe
 from diptych.stages.pipeline import prepare

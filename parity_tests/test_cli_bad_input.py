@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from diptych import cli, engine
 from diptych.data.tokenizer import Tokenizer
 from diptych.weights.huggingface import initial_checkpoint, write_checkpoint
-from safetensors.numpy import load_file, save_file
 
 TEXTS = [f"the {a} {b} is {c}" for a in ("red", "old", "big") for b in ("cat", "dog", "car") for c in ("here", "there")]
 
@@ -22,10 +23,10 @@ def model(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("model")
     tokenizer_directory = root / "tokenizer"
     tokenizer_directory.mkdir()
-    tokenizer = Tokenizer.train(TEXTS, vocab_size=300, directory=tokenizer_directory)
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=280, directory=tokenizer_directory)
     config = {
         "model_type": "llama",
-        "vocab_size": 300,
+        "vocab_size": 280,
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 1,
@@ -40,14 +41,16 @@ def model(tmp_path_factory) -> Path:
     return root / "m"
 
 
-@pytest.fixture()
+@pytest.fixture
 def work(tmp_path, model, monkeypatch):
     """A working directory with a recipe that runs, to be broken in one place."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, tmp_path / "model")
     rows = [{"prompt": f"say {i}", "response": TEXTS[i % len(TEXTS)]} for i in range(40)]
     write(tmp_path / "demos.jsonl", rows)
-    write(tmp_path / "pairs.jsonl", [{"prompt": f"p {i}", "chosen": "good cat", "rejected": "bad dog"} for i in range(40)])
+    write(
+        tmp_path / "pairs.jsonl", [{"prompt": f"p {i}", "chosen": "good cat", "rejected": "bad dog"} for i in range(40)]
+    )
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from diptych.parity.compare import metrics
 from diptych.parity.tolerances import TOLERANCES
 from diptych.run.metrics import read_metrics
@@ -79,6 +80,7 @@ def test_a_hundred_steps_of_each_stage(tmp_path):
 )
 def test_canary_a_small_change_of_one_side_is_seen(tmp_path, bug, stage):
     steps = ["sft.max_steps=3", "reward.max_steps=3", "rl.iterations=3"]
+    steps += ["sft.optimizer.warmup_steps=1", "reward.optimizer.warmup_steps=1"]
     a = run("torch", tmp_path / "a", *steps)
     b = run("torch", tmp_path / "b", *steps, bug)
     found = compare(a, b)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from diptych import cli
 from diptych.parity.compare import tensors
 from diptych.run.metrics import read_metrics
@@ -35,6 +36,8 @@ SMALL = [
     "model.new.hidden_size=64",
     "model.new.intermediate_size=96",
     "rl.ema_decay=0.9",
+    "sft.optimizer.warmup_steps=2",
+    "reward.optimizer.warmup_steps=2",
 ]
 
 

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+
 from diptych.engine import Loss
 from diptych.parity.lockstep import lockstep
 from diptych.recipe.load import load_recipe

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diptych.errors import UserError
 from orbax.checkpoint import v1 as orbax
 
+from diptych.errors import UserError
 from diptych_jax.model import Llama
 from diptych_jax.optimizer import TrainState, moments_of, with_moments
 from diptych_jax.weights import arrays

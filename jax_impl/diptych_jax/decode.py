@@ -16,10 +16,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diptych.algorithms.sampling import check_sampling
-from diptych.engine import Completions, Finish, PromptBatch, Sampling
 from jaxtyping import Array, Bool, Float, Int
 
+from diptych.algorithms.sampling import check_sampling
+from diptych.engine import Completions, Finish, PromptBatch, Sampling
 from diptych_jax.attention import attention
 from diptych_jax.logprobs import logits
 from diptych_jax.model import DecoderLayer, Llama, hidden_states

@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+
 from diptych.engine import (
     Completions,
     EngineSettings,
@@ -36,8 +38,6 @@ from diptych.engine import (
 )
 from diptych.errors import UserError
 from diptych.weights.llama import parse_config
-from jaxtyping import Float
-
 from diptych_jax import checkpoint, decode, optimizer, scoring, training, weights
 from diptych_jax.model import Llama
 from diptych_jax.optimizer import Moments, TrainState
@@ -73,8 +73,8 @@ class JaxEngine:
             **{package: version(package) for package in packages},
             "platform": devices[0].platform,
             "devices": f"{len(devices)} x {devices[0].device_kind}",
-            "jax_enable_x64": str(getattr(jax.config, "jax_enable_x64")),
-            "jax_default_matmul_precision": str(getattr(jax.config, "jax_default_matmul_precision")),
+            "jax_enable_x64": str(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
+            "jax_default_matmul_precision": str(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         }
 

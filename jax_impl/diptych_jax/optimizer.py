@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from diptych.engine import OptimizerSpec
 from jaxtyping import Array, Float
 
+from diptych.engine import OptimizerSpec
 from diptych_jax.model import Llama
 from diptych_jax.weights import decayed
 

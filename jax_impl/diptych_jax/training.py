@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from diptych.engine import Loss, OptimizerSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from diptych.engine import Loss, OptimizerSpec
 from diptych_jax import optimizer
 from diptych_jax.logprobs import token_logprobs
 from diptych_jax.model import Llama, scores

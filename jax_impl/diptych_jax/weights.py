@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from diptych.engine import Head, Tensors
 from diptych.errors import UserError
 from diptych.weights.llama import LlamaConfig, tensor_shapes
-
 from diptych_jax.model import DecoderLayer, Llama
 
 

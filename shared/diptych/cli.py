@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 
     recipe = commands.add_parser("recipe", help="look at recipes")
     actions = recipe.add_subparsers(required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="print the resolved recipe, defaults included", usage="diptych recipe show RECIPE [key=value ...]")
+    show = actions.add_parser(
+        "show", help="print the resolved recipe, defaults included", usage="diptych recipe show RECIPE [key=value ...]"
+    )
     show.add_argument("recipe", type=Path)
     show.set_defaults(command=_recipe_show)
     schema = actions.add_parser(
@@ -127,9 +129,7 @@ def _run(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
     output = options.output or Path("out") / f"{recipe.name}-{options.engine}"
-    summary = run_recipe(
-        recipe, engine_name=options.engine, output=output, stages=options.stage, resume=options.resume
-    )
+    summary = run_recipe(recipe, engine_name=options.engine, output=output, stages=options.stage, resume=options.resume)
     print(json.dumps(summary, indent=2))
     print(f"diptych: run in {output}, report in {output / 'report.html'}", file=sys.stderr)
     return 0
@@ -156,7 +156,9 @@ def _generate(options: argparse.Namespace) -> int:
     from diptych.weights.huggingface import read_checkpoint
 
     if options.temperature < 0 or options.max_new_tokens < 1 or options.top_k < 0 or not 0 < options.top_p <= 1:
-        raise UserError("--temperature and --top-k must not be negative, --max-new-tokens at least 1, --top-p in (0, 1]")
+        raise UserError(
+            "--temperature and --top-k must not be negative, --max-new-tokens at least 1, --top-p in (0, 1]"
+        )
     checkpoint = read_checkpoint(options.model, precision=options.precision)
     if checkpoint.head != "lm":
         raise UserError(f"{options.model}: a model with a scalar head (reward or critic) does not generate text")
@@ -178,9 +180,7 @@ def _generate(options: argparse.Namespace) -> int:
         )
     engine = load_engine(options.engine, EngineSettings(precision=options.precision))
     model = engine.model(
-        ModelSpec(
-            config=checkpoint.config, weights=checkpoint.weights, head="lm", optimizer=None, micro_batch_size=1
-        )
+        ModelSpec(config=checkpoint.config, weights=checkpoint.weights, head="lm", optimizer=None, micro_batch_size=1)
     )
     sampling = Sampling(
         temperature=options.temperature,

@@ -71,8 +71,8 @@ class Loss:
     The engine calls `function(outputs, **arrays, **denominators, **options)` for every micro-batch, where `outputs` is
     `logprobs` [batch, time] (reads="logprobs"; computed at `temperature`) or `scores` [batch, time] (reads="scores").
     It returns `(loss, metrics)`, both already divided by global denominators: their sums over micro-batches are the
-    values of the step (a metric whose name ends in `_max` is combined by maximum instead). A function that reads logprobs also receives `entropy` [batch, time] (no gradient) when
-    `entropy` is True.
+    values of the step (a metric whose name ends in `_max` is combined by maximum instead). A function that reads
+    logprobs also receives `entropy` [batch, time] (no gradient) when `entropy` is True.
     """
 
     function: Callable[..., tuple[Array, dict[str, Array]]]
@@ -87,7 +87,7 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBatch:
-    """Left-padded prompts. tokens: int32 [batch, prompt]; attention: True on real tokens; positions as in TokenBatch."""
+    """Left-padded prompts. tokens: int32 [batch, prompt]. attention, positions: as in TokenBatch."""
 
     tokens: Int[np.ndarray, "batch prompt"]
     attention: Bool[np.ndarray, "batch prompt"]

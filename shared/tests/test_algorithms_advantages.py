@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from beartype import beartype
-from diptych.algorithms import shaping
-from diptych.algorithms.advantages import Whitening, gae, masked_mean_variance, whiten
-from diptych.errors import InvariantError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
+
+from diptych.algorithms import shaping
+from diptych.algorithms.advantages import Whitening, gae, masked_mean_variance, whiten
+from diptych.errors import InvariantError
 
 POPULATION = Whitening(variance="population", eps=1e-8)
 BESSEL = Whitening(variance="bessel", eps=1e-8)

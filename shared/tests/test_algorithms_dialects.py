@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from diptych.algorithms.advantages import Whitening, gae, whiten
 from diptych.algorithms.dialects import DIALECTS, Dialect, experience
 from diptych.algorithms.losses import ppo_policy_loss, ppo_value_loss

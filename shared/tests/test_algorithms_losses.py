@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from array_api_compat import array_namespace
 from beartype import beartype
-from diptych.algorithms import losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
+
+from diptych.algorithms import losses
 
 FRAMEWORKS = ("numpy", "jax", "torch")
 VALUE_TOLERANCE = {np.float64: 1e-12, np.float32: 1e-6}  # absolute and relative

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from diptych.algorithms.optimizers import adamw_step, clip, ema_step, global_norm, initial_state, optimizer_step
 from diptych.algorithms.schedules import learning_rate
 from diptych.engine import OptimizerSpec

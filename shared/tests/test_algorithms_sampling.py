@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from diptych.algorithms.sampling import sample
 from diptych.errors import UserError
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from diptych import random
 from diptych.data import batches
 from diptych.data.examples import PairExample, PromptExample, TokenExample
 from diptych.engine import Completions
 from diptych.errors import UserError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BUCKETS = (4, 8, 16)
 PAD = 9

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from diptych.data import examples, splits
 from diptych.data.sources import Demonstration, Pair, Prompt
 from diptych.data.tokenizer import Tokenizer
@@ -179,6 +180,7 @@ def test_masks_agree_with_transformers_assistant_mask(tmp_path: Path) -> None:
     )
     assert example.tokens.tolist() == theirs["input_ids"]
     assert example.trained.astype(int).tolist() == theirs["assistant_masks"]
+    assert np.roll(example.trained, 1).astype(int).tolist() != theirs["assistant_masks"]
 
 
 def test_demonstrations_pairs_and_prompts_share_their_prompt_tokens(tmp_path: Path) -> None:
@@ -322,6 +324,19 @@ def test_faults_name_file_and_line(
     assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}:1: ")
 
 
+def test_no_space_is_put_inside_a_conversation(tmp_path: Path) -> None:
+    """A tokenizer that puts a space before every text does so at the start of the row and nowhere else."""
+    template = "{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content ~ ';' }}{% endfor %}"
+    directory = tmp_path / "tokenizer"
+    characters(directory, template=template + "{% if add_generation_prompt %}a:{% endif %}")
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["pre_tokenizer"]["add_prefix_space"] = True
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = Tokenizer.load(directory)
+    [example] = load(recipe(rows_file(tmp_path / "rows.jsonl", {"messages": MULTI})), tokenizer).train
+    assert marked(example, tokenizer) == " u:a?;a:[b.;]u:c?;a:[d.;<|end|>]"
+
+
 def test_settings_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
     source = rows_file(tmp_path / "rows.jsonl", ROW)
     plain, chat = characters(tmp_path / "plain"), characters(tmp_path / "chat", template=OURS)
@@ -386,6 +401,10 @@ def test_formats_of_one_prompt_fall_on_one_side() -> None:
         Pair(turns=(user,), chosen=answer, rejected=user, **common),
         Prompt(turns=(user, answer, user), **common),
     ]
+    greeted = [Prompt(turns=(answer, user), **common), Demonstration(turns=(answer, user, answer), **common)]
+    assert len({splits.hash_fraction(row.turns, seed=0) for row in greeted}) == 1
+    other = {**user, "content": "When?"}  # a conversation that the assistant opens is told apart by its first question
+    assert splits.hash_fraction((answer, other), seed=0) != splits.hash_fraction((answer, user), seed=0)
     assert len({splits.hash_fraction(row.turns, seed=0) for row in rows}) == 1
     assert splits.hash_fraction(({**user, "content": "Where"},), seed=0) != splits.hash_fraction((user,), seed=0)
 

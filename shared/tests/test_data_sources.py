@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from diptych.data import sources
 from diptych.errors import UserError
 from diptych.recipe.schema import Source

@@ -11,11 +11,12 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
+
 from diptych.data import tasks
 from diptych.data.tasks import postcards
 from diptych.data.tokenizer import Tokenizer
 from diptych.errors import UserError
-from hypothesis import given
 
 PROMPT = "Write a postcard from Rome about the food."
 BEST = "Dear Ana, Rome is lovely. The soup was fine, the bread was sweet and the wine was grand. Love, Ben"

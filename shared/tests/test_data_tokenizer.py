@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
 from diptych.data import tasks
 from diptych.data.tokenizer import TRAINED_SPECIAL_TOKENS, Tokenizer, check_vocabulary
 from diptych.errors import UserError
@@ -26,7 +29,7 @@ TEXTS = [
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Where are you?"},
-    {"role": "assistant", "content": " In Rome. "},
+    {"role": "assistant", "content": " In Rome; no, in Zürich. "},
     {"role": "user", "content": "And now?\n"},
 ]
 
@@ -129,7 +132,7 @@ def test_same_chat_rendering_as_transformers(
 
 def test_our_template_writes_what_it_says(trained: Path) -> None:
     text = Tokenizer.load(trained).render(CHAT[1:], add_generation_prompt=True)
-    assert text == "<|user|>Where are you?<|assistant|> In Rome. <|end|><|user|>And now?\n<|assistant|>"
+    assert text == "<|user|>Where are you?<|assistant|> In Rome; no, in Zürich. <|end|><|user|>And now?\n<|assistant|>"
 
 
 def test_chat_template_is_read_from_either_place(trained: Path, tmp_path: Path) -> None:
@@ -152,7 +155,7 @@ def test_a_continuation_gets_no_space_before_it() -> None:
     tokenizer = Tokenizer.load(STORIES)
     whole = tokenizer.encode("Once upon a time, there was", add_special_tokens=True)
     parts = tokenizer.encode("Once upon a time", add_special_tokens=True)
-    assert [*parts, *tokenizer.encode(", there was", add_special_tokens=False, continuation=True)] == whole
+    assert [*parts, *tokenizer.encode_after(", there was", parts[-1])] == whole
     assert [*parts, *tokenizer.encode(", there was", add_special_tokens=False)] != whole  # canary: the extra space
     assert whole[0] == tokenizer.bos_token_id == 1
     assert whole.count(1) == 1
@@ -160,12 +163,50 @@ def test_a_continuation_gets_no_space_before_it() -> None:
     assert tokenizer.affixes == ((1,), ())
 
 
+def spaced(directory: Path, style: str) -> Tokenizer:
+    """A tokenizer that puts a space before a text, in one of the ways in which that is done."""
+    fast = tokenizers.Tokenizer(models.BPE())
+    if style == "prepend":
+        fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    elif style == "byte-level":
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        fast.decoder = decoders.ByteLevel()
+    else:
+        fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=style, split=True)  # pyright: ignore
+        fast.decoder = decoders.Metaspace(prepend_scheme=style, split=True)  # pyright: ignore
+    fast.train_from_iterator(
+        ["one two three <end> one, two, three one"] * 3,
+        trainers.BpeTrainer(vocab_size=60, show_progress=False, special_tokens=["<end>", "<user>"]),
+    )
+    directory.mkdir(exist_ok=True)
+    fast.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "<end>", "pad_token": "<end>"}')
+    return Tokenizer.load(directory)
+
+
+@pytest.mark.parametrize("style", ["prepend", "first", "always", "byte-level"])
+def test_segments_join_to_the_ids_of_the_whole_text(tmp_path: Path, style: str) -> None:
+    tokenizer = spaced(tmp_path, style)
+    different = 0
+    for parts in (["one two", " three"], ["three", "two"], ["<user>one<end>", "two"], ["one<end>", "<user>one two"]):
+        whole = tokenizer.encode("".join(parts), add_special_tokens=False)
+        first = tokenizer.encode(parts[0], add_special_tokens=False)
+        assert [*first, *tokenizer.encode_after(parts[1], first[-1])] == whole, parts
+        assert [*first, *tokenizer.encode_response(parts[1], first[-1])[0]] == whole, parts
+        different += [*first, *tokenizer.encode(parts[1], add_special_tokens=False)] != whole
+    assert different  # canary: each part by itself is not the same
+    ids, end = tokenizer.encode_response("two<end> one", tokenizer.eos_token_id)
+    assert ids[-1] == tokenizer.eos_token_id
+    assert end == len("two<end>")
+
+
 def test_encode_response_stops_at_the_first_end(trained: Path) -> None:
     tokenizer = Tokenizer.load(trained)
-    ids, end = tokenizer.encode_response("Rome ö<|end|>\n<|end|>")
+    ids, end = tokenizer.encode_response("Rome ö<|end|>\n<|end|>", 3)
     assert ids == [*tokenizer.encode("Rome ö", add_special_tokens=False), tokenizer.eos_token_id]
     assert end == len("Rome ö<|end|>")
-    assert tokenizer.encode_response("Rome") == (tokenizer.encode("Rome", add_special_tokens=False), None)
+    assert tokenizer.encode_response("Rome", 20) == (tokenizer.encode("Rome", add_special_tokens=False), None)
 
 
 def test_training_is_deterministic_exact_and_loadable(trained: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-from diptych import random
 from hypothesis import given
 from hypothesis import strategies as st
+
+from diptych import random
 
 
 @given(

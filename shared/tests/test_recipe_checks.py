@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 import pytest
+
 from diptych.errors import UserError
 from diptych.recipe.checks import RANGES, check_recipe, problems
 from diptych.recipe.load import hints, without_none

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from diptych.recipe.json_schema import field_docs, recipe_json_schema
 from diptych.recipe.load import hints, recipe_to_dict, without_none
 from diptych.recipe.schema import Recipe

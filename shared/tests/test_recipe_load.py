@@ -5,12 +5,13 @@ import string
 import typing
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
 from diptych.errors import UserError
 from diptych.recipe.document import read_scalar
 from diptych.recipe.load import dump_recipe, flatten, hints, load_recipe, parse_recipe, recipe_to_dict, without_none
 from diptych.recipe.schema import Recipe, RolloutRecipe
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 # Line numbers matter: `name` is on line 1, `sft` on 2, `learning_rate` on 3, `model` on 10.
 GOOD = """\

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from diptych.errors import InvariantError, UserError
 from diptych.rewards.function import call, load_function
 

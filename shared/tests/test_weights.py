@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from diptych.errors import UserError
 from diptych.weights.huggingface import (
     initial_checkpoint,
@@ -14,7 +16,6 @@ from diptych.weights.huggingface import (
     write_checkpoint,
 )
 from diptych.weights.llama import inverse_frequencies, parse_config, tensor_shapes
-from safetensors.numpy import load_file, save_file
 
 CONFIG = {
     "model_type": "llama",
@@ -35,7 +36,7 @@ CONFIG = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def tokenizer_directory(tmp_path):
     directory = tmp_path / "tokenizer"
     directory.mkdir()
@@ -44,7 +45,7 @@ def tokenizer_directory(tmp_path):
     return directory
 
 
-@pytest.fixture()
+@pytest.fixture
 def saved(tmp_path, tokenizer_directory):
     directory = tmp_path / "model"
     write_checkpoint(directory, initial_checkpoint(CONFIG, seed=3), tokenizer_directory=tokenizer_directory)

@@ -1,8 +1,8 @@
 """Diptych's PyTorch + DeepSpeed engine: transformers models, DeepSpeed training, a decode loop of our own.
 
 Importing this package imports no framework, and settles one thing that must be settled before torch is loaded: OpenMP
-threads that wait go to sleep. By default they spin; with one busy neighbour on the machine a spinning pool is many
-times slower than one thread (see docs). Whatever the user has set stays.
+threads that wait go to sleep. By default they spin, and beside one busy neighbour a pool of spinning threads is many
+times slower than a single thread (measured on two cores: 19 s for a rollout of 0.6 s). What the user has set stays.
 """
 
 import os

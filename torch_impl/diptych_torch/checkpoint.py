@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diptych.errors import UserError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from diptych.errors import UserError
 
 MANIFEST = "diptych.json"
 TAG = "deepspeed"

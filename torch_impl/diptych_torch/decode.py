@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diptych.engine import Completions, Finish, PromptBatch, Sampling
 from jaxtyping import Float
 from torch import Tensor
 
+from diptych.engine import Completions, Finish, PromptBatch, Sampling
 from diptych_torch.model import Network, causal_mask, check_token_ids
 from diptych_torch.sampling import draw
 

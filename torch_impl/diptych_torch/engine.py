@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
 from diptych.engine import (
     Completions,
     EngineSettings,
@@ -30,9 +33,6 @@ from diptych.engine import (
     TrainBatch,
 )
 from diptych.errors import UserError
-from jaxtyping import Float
-from torch import Tensor, nn
-
 from diptych_torch import checkpoint, decode, optimizer, zero
 from diptych_torch.float64 import let_deepspeed_reduce_float64
 from diptych_torch.model import Network, build, check_weights, device_batch
@@ -249,10 +249,10 @@ class TorchModel:
             if loss.entropy:
                 inputs["entropy"] = entropy
             value, metrics = loss(outputs, **inputs, **denominators)
-            if backward is not None:
-                backward(value)
             if metrics.keys() & {"loss", "grad_norm"}:
                 raise ValueError("a loss's metrics must not be called loss or grad_norm: those names are the engine's")
+            if backward is not None:
+                backward(value)
             for name, number in {"loss": value, **metrics}.items():
                 number = float(number.detach() if isinstance(number, Tensor) else number)
                 if name not in totals:

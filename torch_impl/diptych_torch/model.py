@@ -16,14 +16,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diptych.engine import Head, TokenBatch
-from diptych.errors import UserError
-from diptych.weights.huggingface import check_tensors
-from diptych.weights.llama import inverse_frequencies, parse_config, tensor_shapes
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from diptych.engine import Head, TokenBatch
+from diptych.errors import UserError
+from diptych.weights.huggingface import check_tensors
+from diptych.weights.llama import inverse_frequencies, parse_config, tensor_shapes
 from diptych_torch.float64 import KeepFloat64
 from diptych_torch.logprobs import chunked_logprobs
 

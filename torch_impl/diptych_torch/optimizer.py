@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+
 from diptych.engine import OptimizerSpec, OptimizerState, Tensors
 from diptych.errors import UserError
-from torch import Tensor, nn
 
 
 class SGD(torch.optim.Optimizer):

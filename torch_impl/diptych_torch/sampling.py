@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from diptych.engine import Sampling
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from diptych.engine import Sampling
 from diptych_torch.logprobs import tempered
 
 

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+
 from diptych.engine import OptimizerSpec
 from diptych.errors import UserError
-from torch import nn
 
 # Tensors of fewer elements stay whole in stage 3 (DeepSpeed's own default, named here).
 PERSISTENCE_THRESHOLD = 100_000
@@ -49,9 +50,10 @@ def start() -> torch.device:
 
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
-    for handler in logger.handlers:  # its log goes to stdout, which belongs to the user
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+    for handler in list(logger.handlers):  # its own handler writes to stdout, which belongs to the user
+        if type(handler) is logging.StreamHandler:
+            logger.removeHandler(handler)
+    logger.propagate = True
     # DeepSpeed's calls of torch.distributed under names that torch renames; at every step, and not the user's to mend.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # Compiled at the first start (125 s here); used by inference_all_reduce only, never in training.
@@ -95,7 +97,10 @@ def initialize(
             "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
         },
     }
-    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)
+    with warnings.catch_warnings():
+        # Stages 1 to 3 import a part of torch that calls another part of torch by a deprecated name.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
+        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
 

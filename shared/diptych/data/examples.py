@@ -163,7 +163,7 @@ class _Maker:
 
     def prompt(self, row: Prompt) -> PromptExample:
         text = self.prompt_text(row.turns, row.where)
-        tokens, cut = self.fit_prompt(self.prompt_ids(text), row.where)
+        tokens, cut = self.fit_prompt(self.prompt_ids(text, row.where), row.where)
         if len(tokens) >= self.max_positions:
             raise self.beyond_positions(row, len(tokens))
         self.counts["truncated"] += cut
@@ -177,9 +177,10 @@ class _Maker:
         last_only: earlier assistant turns belong to the prompt (preference pairs).
         """
         if not self.chat:
-            prompt = self.prompt_text(turns[:-1], where)
-            return [(self.prompt_ids(prompt), False), (self.plain_response_ids(turns[-1], where), True)]
+            prompt = self.prompt_ids(self.prompt_text(turns[:-1], where), where)
+            return [(prompt, False), (self.plain_response_ids(turns[-1], prompt[-1], where), True)]
         segments: list[Segment] = []
+        ids: list[int] = []
         done = ""  # the rendering so far
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant" or (last_only and index < len(turns) - 1):
@@ -193,8 +194,10 @@ class _Maker:
                     "that leaves earlier turns alone"
                 )
             context = before[len(done) :]
-            segments.append((self.prompt_ids(context) if not done else self.continuation_ids(context), False))
-            ids, end = self.chat_response_ids(turn, after[len(before) :], where)
+            ids = self.tokenizer.encode_after(context, ids[-1]) if segments else self.prompt_ids(context, where)
+            segments.append((ids, False))
+            previous = next(tokens[-1] for tokens, _ in reversed(segments) if tokens)
+            ids, end = self.chat_response_ids(turn, after[len(before) :], previous, where)
             if end is None and index == len(turns) - 1:
                 ids = [*ids, self.tokenizer.eos_token_id]  # a template that leaves the EOS to others
                 self.counts["eos_added"] += 1
@@ -213,38 +216,37 @@ class _Maker:
             )
         return self.data.prompt_template.replace("{prompt}", turns[0]["content"])
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, where: str) -> list[int]:
         """Ids of a prompt. A chat template writes its own BOS; without one the tokenizer adds what goes before a text
         (never what it would put after: the response follows)."""
-        if self.chat:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        before, _ = self.tokenizer.affixes
         ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise UserError(f"{where}: the prompt has no tokens: a response needs something to follow")
+        if self.chat:
+            return ids
+        before, _ = self.tokenizer.affixes
         return ids if before and tuple(ids[: len(before)]) == before else [*before, *ids]
 
-    def continuation_ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, continuation=True)
-
-    def chat_response_ids(self, turn: Message, text: str, where: str) -> tuple[list[int], int | None]:
-        self.check_content(turn["content"], where)
-        ids, end = self.tokenizer.encode_response(text)
+    def chat_response_ids(self, turn: Message, text: str, previous: int, where: str) -> tuple[list[int], int | None]:
+        self.check_content(turn["content"], previous, where)
+        ids, end = self.tokenizer.encode_response(text, previous)
         if not ids or ids[0] in self.tokenizer.eos_token_ids:
             raise UserError(
                 f"{where}: the chat template writes no token of the assistant's answer: nothing would be trained"
             )
         return ids, end
 
-    def plain_response_ids(self, turn: Message, where: str) -> list[int]:
+    def plain_response_ids(self, turn: Message, previous: int, where: str) -> list[int]:
         text = self.data.response_template.replace("{response}", turn["content"])
-        self.check_content(text, where)
-        ids, end = self.tokenizer.encode_response(text)
+        self.check_content(text, previous, where)
+        ids, end = self.tokenizer.encode_response(text, previous)
         if not ids or ids[0] in self.tokenizer.eos_token_ids:
             raise UserError(f"{where}: the response has no token but the end of the sequence: nothing would be trained")
         return ids if end is not None else [*ids, self.tokenizer.eos_token_id]
 
-    def check_content(self, text: str, where: str) -> None:
+    def check_content(self, text: str, previous: int, where: str) -> None:
         """An EOS inside a response could never be sampled there. At its end it is the one that would be added."""
-        ids, end = self.tokenizer.encode_response(text)
+        ids, end = self.tokenizer.encode_response(text, previous)
         if end is not None and text[end:].strip():
             raise UserError(
                 f"{where}: the response holds the end-of-sequence token {self.tokenizer.token(ids[-1])!r} before its "
@@ -260,8 +262,6 @@ class _Maker:
     def fit_prompt(self, ids: list[int], where: str) -> tuple[list[int], bool]:
         """Apply `too_long` to a prompt. A cut prompt loses its start, but keeps the tokenizer's BOS."""
         limit = self.data.max_prompt_tokens
-        if not ids:
-            raise UserError(f"{where}: the prompt has no tokens: a response needs something to follow")
         if len(ids) <= limit:
             return ids, False
         self.refuse(f"{where}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is {limit}")

@@ -4,7 +4,7 @@ It reads the same files as transformers' AutoTokenizer and gives the same ids an
 `tokenizers` library and Jinja alone, for the hinge imports no framework (law 1).
 
 A response is tokenised by itself, after its prompt, so that training sees exactly the tokens that generation makes.
-Tokenizers of the SentencePiece family put a space before every text; `continuation=True` leaves that space out.
+Tokenizers of the SentencePiece family put a space before a text; `encode_after` leaves it out where the text goes on.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Tokenizer:
         self._files = dict(files)
         self._fast = _fast_tokenizer(files["tokenizer.json"].decode(), where)
         self._continuation = _without_prefix_space(self._fast)
+        self._added = {token_id: token.content for token_id, token in self._fast.get_added_tokens_decoder().items()}
         settings = _json(files, "tokenizer_config.json", where)
         named = {**_json(files, "special_tokens_map.json", where), **settings}
         generation = _json(files, "generation_config.json", where)
@@ -165,23 +166,31 @@ class Tokenizer:
         for name, content in self._files.items():
             (directory / name).write_bytes(content)
 
-    def encode(self, text: str, *, add_special_tokens: bool, continuation: bool = False) -> list[int]:
-        """Ids of `text`. add_special_tokens: let tokenizer.json's post-processor add its BOS or EOS. continuation: the
-        text follows other tokens, so no space is put before it."""
-        fast = self._continuation if continuation else self._fast
-        return fast.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a whole text. add_special_tokens: let tokenizer.json's post-processor add its BOS or EOS."""
+        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_response(self, text: str) -> tuple[list[int], int | None]:
-        """Ids of a continuation up to and including its first EOS, and where in `text` that EOS ends.
+    def encode_after(self, text: str, previous: int) -> list[int]:
+        """Ids of a text that follows the token `previous`, as they would be inside one long text."""
+        return self._encode_after(text, previous)[0]
 
-        Without an EOS: all ids, and None.
-        """
-        encoding = self._continuation.encode(text, add_special_tokens=False)
-        ids = encoding.ids
+    def encode_response(self, text: str, previous: int) -> tuple[list[int], int | None]:
+        """The same up to and including the first EOS, and where in `text` that EOS ends. Without one: all ids, None."""
+        ids, ends = self._encode_after(text, previous)
         for index, token in enumerate(ids):
             if token in self.eos_token_ids:
-                return ids[: index + 1], encoding.offsets[index][1]
+                return ids[: index + 1], ends[index]
         return ids, None
+
+    def _encode_after(self, text: str, previous: int) -> tuple[list[int], list[int]]:
+        """Ids and the characters after which they end."""
+        lead = self._added.get(previous)
+        if lead is not None:  # some tokenizers put a space after a special token, too: encode it along
+            encoding = self._fast.encode(lead + text, add_special_tokens=False)
+            if encoding.ids[:1] == [previous]:
+                return encoding.ids[1:], [end - len(lead) for _, end in encoding.offsets[1:]]
+        encoding = self._continuation.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " time"], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`."""

@@ -27,7 +27,9 @@ class Difference:
         return f"{self.name}: {self.value:.3g} above {self.limit:.1e} ({self.detail})"
 
 
-def max_abs(name: str, a: np.ndarray, b: np.ndarray, *, limit: float, mask: np.ndarray | None = None) -> list[Difference]:
+def max_abs(
+    name: str, a: np.ndarray, b: np.ndarray, *, limit: float, mask: np.ndarray | None = None
+) -> list[Difference]:
     """The largest absolute difference of two arrays, over `mask` where given; [] when it is within `limit`."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
@@ -41,7 +43,9 @@ def max_abs(name: str, a: np.ndarray, b: np.ndarray, *, limit: float, mask: np.n
     if error[worst] <= limit:
         return []
     index = tuple(int(i) for i in worst)
-    return [Difference(name=name, value=float(error[worst]), limit=limit, detail=f"at {index}: {a[worst]!r}, {b[worst]!r}")]
+    return [
+        Difference(name=name, value=float(error[worst]), limit=limit, detail=f"at {index}: {a[worst]!r}, {b[worst]!r}")
+    ]
 
 
 def relative_l2(name: str, a: np.ndarray, b: np.ndarray, *, limit: float) -> list[Difference]:
@@ -65,7 +69,9 @@ def tensors(name: str, a: Tensors, b: Tensors, *, limit: float) -> list[Differen
     return found
 
 
-def metrics(name: str, a: Mapping[str, float], b: Mapping[str, float], *, limit: float, floor: float = 0.0) -> list[Difference]:
+def metrics(
+    name: str, a: Mapping[str, float], b: Mapping[str, float], *, limit: float, floor: float = 0.0
+) -> list[Difference]:
     """Every metric's |a - b| / max(|a|, |b|), differences up to `floor` (absolute) let pass; unmatched names count."""
     found = _unmatched(name, a, b, limit)
     for key in sorted(a.keys() & b.keys()):

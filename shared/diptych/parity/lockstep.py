@@ -27,7 +27,7 @@ PERTURBATION = 0.3  # standard deviation of the noise on old log-probabilities a
 
 @dataclass(frozen=True, kw_only=True)
 class NearTie:
-    """A token that the engines drew differently because the uniform fell on a boundary of the cumulative distribution."""
+    """A token that the engines drew differently, the uniform being on a boundary of the cumulative distribution."""
 
     step: int
     row: int

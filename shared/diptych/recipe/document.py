@@ -65,8 +65,15 @@ def read_override(override: str) -> tuple[list[str], Value]:
 
 
 def with_value(value: Value, parts: Sequence[str], new: Value) -> Value:
-    """`value` with `new` at the path `parts`; missing or null groups on the way are created."""
+    """`value` with `new` at the path `parts`; missing or null groups on the way are created.
+
+    A mapping sets its own keys and leaves the others of the group as they are, like as many overrides of one key each.
+    """
     if not parts:
+        if isinstance(value.data, Mapping) and isinstance(new.data, Mapping):
+            for key, child in new.data.items():
+                value = with_value(value, [key], child)
+            return value
         return new
     if value.data is None:
         value = Value(data={}, where=new.where)

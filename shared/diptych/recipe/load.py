@@ -28,6 +28,8 @@ T = TypeVar("T")
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key.sub=value` overrides in order (a later one wins), and check it as a whole.
 
+    An override whose value is a mapping sets the keys that it names; `key=null` takes an optional group away.
+
     Raises UserError naming FILE:LINE or the override.
     """
     recipe, document = _read(Path(path), overrides)
@@ -213,7 +215,8 @@ def _unknown(key: str, where: str, *, parent: str) -> UserError:
         suggestions = [candidate] if candidate in known else difflib.get_close_matches(candidate, known, n=1) or [start]
     else:
         suggestions = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]][:3]
-        suggestions = suggestions or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        if not suggestions and not parent:
+            suggestions = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if key in known:  # a dotted key in a YAML file
         return UserError(f"{where}: key {key!r} is written with a dot; nest it instead (a dot works in overrides only)")
     if suggestions:

@@ -1,4 +1,4 @@
-"""The recipe: a typed, frozen tree of settings. A docstring under each field is its help text and its JSON schema entry.
+"""The recipe: a typed, frozen tree of settings. The docstring under a field is its help text and JSON schema entry.
 
 Fields with a default may be left out of the YAML. Numbers that change what a model learns have no hidden home: they
 are all here. `checks.py` holds the rules between fields; `load.py` reads YAML and overrides.
@@ -172,18 +172,19 @@ class RewardSource:
     model_path: str | None = None
     """Reward model directory; null: what the reward stage left. Must be null where `function` is set."""
     function: str | None = None
-    """`FILE.py:NAME` (relative to the recipe) or `MODULE:NAME`: f(prompts, responses, rows) -> one float per response.
-    prompts and responses are lists of text, rows the prompts' JSON objects."""
+    """`FILE.py:NAME` (relative to the current directory) or `MODULE:NAME`: f(prompts, responses, rows) -> one float per
+    response. prompts and responses are lists of text, rows the prompts' JSON objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLRecipe:
-    """PPO (Schulman et al. 2017) with a critic, a frozen reference and a KL penalty in the reward (Ziegler et al. 2019)."""
+    """PPO (Schulman et al. 2017) with a critic, a frozen reference and a KL penalty in the reward (Ziegler et al.
+    2019)."""
 
     policy_path: str | None = None
     """Model directory of the policy and the reference; null: what the sft stage left, or `model.path`."""
     reward: RewardSource = field(default_factory=RewardSource)
-    """The reward. A critic starts from the reward model, or from the policy with a zero head where a function rewards."""
+    """The reward. The critic starts from the reward model, or from the policy with a zero head for a function."""
     evaluation_function: str | None = None
     """A function like `reward.function` that scores held-out answers by the truth; null: held-out answers are scored
     by the reward itself."""

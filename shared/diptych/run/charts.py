@@ -13,20 +13,23 @@ from html import escape
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 460, 210
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 28
+WIDTH, HEIGHT = 360, 190
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26
 MAX_POINTS = 400
 MAX_MARKERS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve. color: 1 to 6, an entry of the page's palette. markers: dots with the value as a tooltip."""
+    """One curve. color: 1 to 6, an entry of the page's palette. markers: dots with the value as a tooltip.
+
+    wide: a broad, pale stroke on which another curve may lie and both are seen.
+    """
 
     name: str
     points: Sequence[Point]
     color: int = 1
-    dashed: bool = False
+    wide: bool = False
     markers: bool = False
 
 
@@ -41,7 +44,7 @@ def line_chart(title: str, series: Sequence[Series], *, log: bool = False, note:
         return ""
     xs = [x for one in shown for x, _ in one.points]
     ys = [y for one in shown for _, y in one.points]
-    x_axis = _Axis.linear(min(xs), max(xs), count=6, integer=True)
+    x_axis = _Axis.linear(min(xs), max(xs), count=5, integer=True)
     y_axis = _Axis.logarithmic(min(ys), max(ys)) if log else _Axis.linear(min(ys), max(ys), count=4)
 
     def at_x(x: float) -> float:
@@ -51,25 +54,24 @@ def line_chart(title: str, series: Sequence[Series], *, log: bool = False, note:
         return HEIGHT - BOTTOM - y_axis.share(y) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
-    for tick in y_axis.ticks:
+    for tick, label in zip(y_axis.ticks, y_axis.labels(), strict=True):
         y = f"{at_y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="0.32em" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="0.32em" text-anchor="end">{label}</text>')
     for tick in x_axis.ticks:
         x = f"{at_x(tick):.1f}"
         parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 9}" text-anchor="middle">{number(tick)}</text>')
     for one in shown:
         dots = [(at_x(x), at_y(y)) for x, y in _thin(one.points)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in dots)
-        dash = ' stroke-dasharray="5 3.5"' if one.dashed else ""
-        parts.append(f'<path class="curve c{one.color}" d="{path}"{dash}/>')
+        parts.append(f'<path class="curve c{one.color}{" wide" if one.wide else ""}" d="{path}"/>')
         if (one.markers or len(one.points) == 1) and len(one.points) <= MAX_MARKERS:
             for x, y in one.points:
                 label = escape(f"{one.name}, step {number(x)}: {y:.6g}")
                 position = f'cx="{at_x(x):.1f}" cy="{at_y(y):.1f}"'
                 parts.append(f'<circle class="dot c{one.color}" {position} r="3.2"><title>{label}</title></circle>')
     keys = "".join(
-        f'<span class="key"><i class="c{one.color}{" dashed" if one.dashed else ""}"></i>{escape(one.name)} '
+        f'<span class="key"><i class="c{one.color}{" wide" if one.wide else ""}"></i>{escape(one.name)} '
         f"<b>{number(one.points[-1][1])}</b></span>"
         for one in shown
     )
@@ -103,17 +105,18 @@ def share_bar(title: str, parts: Mapping[str, float], *, unit: str) -> str:
     )
 
 
-def number(value: float) -> str:
-    """A number as short as its three or four telling digits allow."""
+def number(value: float, *, digits: int = 4) -> str:
+    """A number in at most `digits` telling digits (three with an exponent), thousands separated."""
     if value == 0:
         return "0"
     size = abs(value)
     if size >= 1e6 or size < 1e-3:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        mantissa, _, exponent = f"{value:.{digits - 2}e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(exponent)}"
     if size >= 1000 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+        return f"{value:,.{max(0, digits - 4) if value != int(value) else 0}f}"
+    return f"{value:.{digits}g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +130,14 @@ class _Axis:
 
     @classmethod
     def linear(cls, low: float, high: float, *, count: int, integer: bool = False) -> _Axis:
-        if not high - low > 1e-12 * max(abs(low), abs(high)):  # a constant: room on either side
-            room = abs(low) * 0.1 or 1.0
-            low, high = (low, low + 1) if integer else (low - room, high + room)
+        size = max(abs(low), abs(high))
+        if integer:
+            high = max(high, low + 1)
+        elif high == low:  # a constant: room on either side
+            low, high = low - (size * 0.1 or 1.0), high + (size * 0.1 or 1.0)
+        elif high - low < 1e-3 * size:  # labels that can be told apart at a glance; less than that is flat
+            middle = low + (high - low) / 2
+            low, high = min(low, middle - 5e-4 * size), max(high, middle + 5e-4 * size)
         step = _nice_step((high - low) / count)
         if integer:
             step = max(1.0, step)
@@ -148,6 +156,14 @@ class _Axis:
         ticks = [10.0**exponent for exponent in range(first, last + 1, every)]
         return cls(low=first, high=last, ticks=ticks, is_log=True)
 
+    def labels(self) -> list[str]:
+        """The ticks with as many digits as tell them apart."""
+        for digits in range(4, 17):
+            texts = [number(tick, digits=digits) for tick in self.ticks]
+            if len(set(texts)) == len(texts):
+                break
+        return texts
+
     def share(self, value: float) -> float:
         value = math.log10(value) if self.is_log else value
         return (value - self.low) / (self.high - self.low)
@@ -162,7 +178,7 @@ def _nice_step(rough: float) -> float:
 def _positive(series: Series) -> Series:
     points = [(x, y) for x, y in series.points if y > 0]
     return Series(
-        name=series.name, points=points, color=series.color, dashed=series.dashed, markers=series.markers
+        name=series.name, points=points, color=series.color, wide=series.wide, markers=series.markers
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from diptych.run.charts import Series, line_chart, number
 from diptych.run.directory import differences as recipe_differences
 from diptych.run.directory import write_text
 from diptych.run.page import details, header, page, table, tile
-from diptych.run.report import CHARTS, STAGE_TITLES, Chart, RunRecord, Steps, duration, other_charts, points, read_run
+from diptych.run.report import CHARTS, STAGE_TITLES, Chart, RunRecord, Steps, other_charts, points, read_run
 
 PARTED = 1e-4
 
@@ -281,7 +281,7 @@ def _tiles(comparison: Comparison) -> Iterator[str]:
     seconds = [one for one in comparison.results if one.key == "seconds"]
     if seconds:
         totals = (sum(one.a or 0.0 for one in seconds), sum(one.b or 0.0 for one in seconds))
-        yield tile("Time", " | ".join(duration(total) for total in totals), f"{labels[0]} | {labels[1]}")
+        yield tile("Seconds", " | ".join(f"{total:.0f}" for total in totals), f"{labels[0]} | {labels[1]}")
     if comparison.metrics:
         total = len(comparison.metrics)
         together = sum(one.parted_at is None for one in comparison.metrics)
@@ -324,17 +324,17 @@ def _stage_section(comparison: Comparison, runs: tuple[RunRecord, RunRecord], st
 
 
 def _charts(chart: Chart, labels: tuple[str, str], steps: tuple[Steps, ...]) -> str:
-    """Both runs' curves, the second dashed so that it can be seen where it lies on the first; one figure a metric."""
+    """Both runs' curves, the first broad so that both are seen where they agree; one figure a metric."""
     figures = []
     for name, metric in chart.curves.items():
         series = [
             Series(
-                name=label, points=points(run_steps, metric), color=index + 1, dashed=index == 1,
+                name=label, points=points(run_steps, metric), color=index + 1, wide=index == 0,
                 markers=metric.startswith("eval/"),
             )
             for index, (label, run_steps) in enumerate(zip(labels, steps, strict=True))
         ]  # fmt: skip
-        figures.append(line_chart(f"{chart.title}, {name}" if name else chart.title, series))
+        figures.append(line_chart(f"{chart.title}, {name}" if len(chart.curves) > 1 else chart.title, series))
     return "".join(figures)
 
 

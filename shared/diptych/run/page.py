@@ -74,7 +74,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); -webkit-font-smoothing: antialiased;
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 72px; }
+main { max-width: 1180px; margin: 0 auto; padding: 40px 24px 72px; }
 header { margin-bottom: 28px; }
 .brand { margin: 0; color: var(--accent); font-size: 12px; font-weight: 700; letter-spacing: .14em;
   text-transform: uppercase; }
@@ -84,14 +84,14 @@ h3 { margin: 30px 0 10px; font-size: 15px; }
 p.lead { margin: 0 0 16px; color: var(--soft); max-width: 75ch; }
 .facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 20px; color: var(--soft); font-size: 14px; }
 .facts b { color: var(--ink); font-weight: 600; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 14px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; }
 .tile, figure, .scroll, details { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .tile { padding: 16px 18px; display: flex; flex-direction: column; }
 .tile .label { color: var(--soft); font-size: 13px; }
 .tile .value { font-size: 25px; font-weight: 650; letter-spacing: -.02em; font-variant-numeric: tabular-nums;
   line-height: 1.35; white-space: nowrap; }
 .tile .detail { color: var(--soft); font-size: 13px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 14px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px; }
 figure { margin: 0; padding: 14px 14px 6px; min-width: 0; }
 figure.wide { margin-top: 14px; padding-bottom: 14px; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 14px; font-size: 13px;
@@ -102,7 +102,7 @@ figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap
 .key b { color: var(--ink); font-weight: 600; }
 .key i { display: inline-block; width: 14px; height: 0; border-top: 2.5px solid var(--c); vertical-align: middle;
   margin-right: 6px; }
-.key i.dashed { border-top-style: dashed; }
+.key i.wide { border-top-width: 6px; opacity: .4; border-radius: 3px; }
 .key i.square { width: 10px; height: 10px; border: 0; border-radius: 3px; background: var(--c);
   vertical-align: -1px; }
 .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
@@ -111,6 +111,7 @@ svg { display: block; width: 100%; height: auto; overflow: visible; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .tick { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
 .curve { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
+.curve.wide { stroke-width: 6; opacity: .4; }
 .dot { fill: var(--card); stroke: var(--c); stroke-width: 1.8; }
 .note { margin: 4px; color: var(--soft); font-size: 12px; }
 .bar { display: flex; height: 22px; border-radius: 6px; overflow: hidden; gap: 2px; }

@@ -31,7 +31,9 @@ class Datasets:
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """A run in progress. model_directories: the input of each stage by role ("sft", "reward", "policy", "reward_model").
+    """A run in progress.
+
+    model_directories: the input of each stage by role ("sft", "reward", "policy", "reward_model").
 
     resume: go on from the newest checkpoint of the stage where there is one.
     """
@@ -114,9 +116,7 @@ def save_training_state(
         (directory / "progress.json").write_text(json.dumps(dict(progress)), encoding="utf-8")
 
 
-def load_training_state(
-    context: StageContext, stage: str, models: Mapping[str, Model]
-) -> tuple[int, dict[str, Any]]:
+def load_training_state(context: StageContext, stage: str, models: Mapping[str, Model]) -> tuple[int, dict[str, Any]]:
     """Load the newest checkpoint of the stage into `models`; (0, {}) where there is none or the run does not resume."""
     latest = context.run.latest_checkpoint(stage) if context.resume else None
     if latest is None:

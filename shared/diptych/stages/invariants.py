@@ -19,8 +19,9 @@ def check_sampler_gap(gap: float, rollout: Rollout, precision: Precision, iterat
     limit = TOLERANCES["sampler_gap"].at(precision)
     if not gap <= limit:
         raise InvariantError(
-            f"rl iteration {iteration + 1}: the sampler's log-probabilities differ from the training forward's by up to "
-            f"{gap:.3g} (limit {limit:.0e}) over {int(rollout.completions.mask.sum())} tokens: stale decode weights, "
+            f"rl iteration {iteration + 1}: the sampler's log-probabilities differ from the training forward's by up "
+            f"to {gap:.3g} (limit {limit:.0e}) over {int(rollout.completions.mask.sum())} tokens: stale decode "
+            f"weights, "
             f"wrong positions of padded prompts, or a broken cache"
         )
 
@@ -46,7 +47,8 @@ def check_first_ratio(deviation: float, precision: Precision, iteration: int) ->
     limit = TOLERANCES["first_ratio"].at(precision)
     if not deviation <= limit:
         raise InvariantError(
-            f"rl iteration {iteration + 1}: the first update's ratio to the old log-probabilities deviates from 1 by up "
-            f"to {deviation:.3g} (limit {limit:.0e}): dropout, other masks or positions, or another temperature in the "
+            f"rl iteration {iteration + 1}: the first update's ratio to the old log-probabilities deviates from 1 by "
+            f"up to {deviation:.3g} (limit {limit:.0e}): dropout, other masks or positions, or another "
+            f"temperature in the "
             f"update than in scoring"
         )

@@ -11,14 +11,15 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diptych.data.examples import load_demonstrations, load_preferences, load_prompts, tokenizer_texts
+from diptych.data.tasks import generate, write_jsonl
 from diptych.data.tokenizer import Tokenizer, check_vocabulary
 from diptych.engine import EngineSettings, load_engine
 from diptych.errors import UserError
 from diptych.recipe.checks import check_recipe
-from diptych.recipe.schema import NewModel, Recipe, Stage
+from diptych.recipe.schema import NewModel, Recipe, Source, Stage
 from diptych.rewards.function import load_function
 from diptych.run.directory import RunDirectory
 from diptych.run.environment import describe_environment
@@ -28,7 +29,7 @@ from diptych.stages.reward import run_reward
 from diptych.stages.rl import run_rl
 from diptych.stages.rollout import sampling_of
 from diptych.stages.sft import run_sft
-from diptych.weights.huggingface import initial_checkpoint, read_config, write_checkpoint
+from diptych.weights.huggingface import check_checkpoint, initial_checkpoint, read_config, write_checkpoint
 from diptych.weights.llama import parse_config
 
 STAGES: Mapping[Stage, Callable[[StageContext], dict[str, Any]]] = {
@@ -36,6 +37,11 @@ STAGES: Mapping[Stage, Callable[[StageContext], dict[str, Any]]] = {
     "reward": run_reward,
     "rl": run_rl,
 }
+SOURCES: Mapping[Stage, Literal["demonstrations", "preferences", "prompts"]] = {
+    "sft": "demonstrations",
+    "reward": "preferences",
+    "rl": "prompts",
+}  # in recipe.data
 
 
 def run_recipe(
@@ -43,7 +49,8 @@ def run_recipe(
 ) -> dict[str, Any]:
     """Run `stages` (default: the recipe's) on one engine into `output`; returns the contents of summary.json.
 
-    Raises UserError for whatever the user can mend, before anything is written; InvariantError when a number goes wrong.
+    Raises UserError for whatever the user can mend, before anything is written, and InvariantError when a number goes
+    wrong.
     """
     context = prepare(recipe, engine_name=engine_name, output=output, stages=stages, resume=resume)
     for stage in tuple(stages or recipe.stages):
@@ -61,9 +68,7 @@ def prepare(
     """Everything that `run_recipe` does before its first stage: check, read, start the engine, make the directory."""
     stages = tuple(stages or recipe.stages)
     check_recipe(recipe, where=recipe.name)
-    engine = load_engine(
-        engine_name, EngineSettings(precision=recipe.precision, zero_stage=recipe.layout.zero.stage)
-    )
+    engine = load_engine(engine_name, EngineSettings(precision=recipe.precision, zero_stage=recipe.layout.zero.stage))
     with tempfile.TemporaryDirectory(prefix="diptych-") as scratch:
         base, is_new = _base_model(recipe, output, Path(scratch))
         models = input_models(recipe, stages, output, base)
@@ -88,6 +93,7 @@ def prepare(
             partial = run.model_path("base.partial")
             shutil.copytree(base, partial, dirs_exist_ok=True)
             partial.rename(run.model_path("base"))
+    _leave_generated_data(recipe, stages, run)
     if is_new:  # the scratch folder is gone; its contents live in the run
         models = {role: run.model_path("base") if path == base else path for role, path in models.items()}
         tokenizer_directory = run.model_path("base") if tokenizer_directory == base else tokenizer_directory
@@ -173,6 +179,7 @@ def _check_models(models: Mapping[str, Path], tokenizer: Tokenizer, tokenizer_di
             continue  # an earlier stage of this run makes it
         config = parse_config(read_config(directory), where=str(directory / "config.json"))
         check_vocabulary(tokenizer, config.vocab_size, where=str(directory))
+        check_checkpoint(directory)
         theirs = directory / "tokenizer.json"
         if theirs.is_file() and theirs.read_bytes() != ours:
             raise UserError(
@@ -181,16 +188,26 @@ def _check_models(models: Mapping[str, Path], tokenizer: Tokenizer, tokenizer_di
             )
 
 
+def _leave_generated_data(recipe: Recipe, stages: Sequence[Stage], run: RunDirectory) -> None:
+    """Write the rows of `task:` sources to data/, for people to look at."""
+    for stage in stages:
+        kind = SOURCES[stage]
+        source: Source = getattr(recipe.data, kind)
+        path = run.data_path(f"{kind}.jsonl")
+        if source.path is not None and source.path.startswith("task:") and source.limit and not path.exists():
+            name = source.path.removeprefix("task:")
+            write_jsonl(generate(name, kind, count=source.limit, seed=recipe.seed), path)
+
+
 def _read_data(recipe: Recipe, stages: Sequence[Stage], tokenizer: Tokenizer, model_directory: Path) -> Datasets:
     max_positions = parse_config(read_config(model_directory)).max_position_embeddings
     readers = {"sft": load_demonstrations, "reward": load_preferences, "rl": load_prompts}
-    names = {"sft": "demonstrations", "reward": "preferences", "rl": "prompts"}
     splits: dict[str, Any] = {}
     for stage in stages:
         split = readers[stage](recipe.data, tokenizer, seed=recipe.seed, max_positions=max_positions)
         if not split.train:
-            raise UserError(f"data.{names[stage]}: nothing left to train on ({split.report})")
+            raise UserError(f"data.{SOURCES[stage]}: nothing left to train on ({split.report})")
         if not split.held_out:
-            raise UserError(f"data.{names[stage]}: no held-out rows: raise eval_fraction or give eval_path")
-        splits[names[stage]] = split
+            raise UserError(f"data.{SOURCES[stage]}: no held-out rows: raise eval_fraction or give eval_path")
+        splits[SOURCES[stage]] = split
     return Datasets(**splits)

@@ -419,5 +419,3 @@ class PPO:
     def _penalised(self, scores: np.ndarray, rollout: Rollout) -> np.ndarray:
         penalty = self.settings.missing_eos_penalty
         return scores - penalty * (~rollout.ended).astype(scores.dtype)
-
-

@@ -60,32 +60,55 @@ def read_checkpoint(directory: Path, *, precision: Precision) -> Checkpoint:
     Raises UserError for a missing or broken file, an unsupported family, or tensors that are missing, left over or of
     another shape than config.json says.
     """
+    head = check_checkpoint(directory)
     config = read_config(directory)
-    shape = parse_config(config, where=str(directory / "config.json"))
-    weights = _read_tensors(directory)
-    for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:
-        del weights[name]  # a table that old checkpoints carry and that config.json determines
-    head: Head = "scalar" if "score.weight" in weights else "lm"
-    if shape.tie_word_embeddings and "lm_head.weight" in weights:
-        if not np.array_equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
-            raise UserError(f"{directory}: lm_head.weight differs from the embeddings, yet tie_word_embeddings is true")
-    check_tensors(weights, shape, head, where=str(directory))
-    return Checkpoint(
-        config=config, weights={name: value.astype(precision) for name, value in weights.items()}, head=head
-    )
+    tied = bool(config.get("tie_word_embeddings", False))
+    weights: Tensors = {}
+    for file in _tensor_files(directory):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if not _is_derived(name):
+                    weights[name] = tensors.get_tensor(name).astype(precision)
+    head_copy = weights.pop("lm_head.weight", None) if tied else None
+    if head_copy is not None and not np.array_equal(head_copy, weights["model.embed_tokens.weight"]):
+        raise UserError(f"{directory}: lm_head.weight differs from the embeddings, yet tie_word_embeddings is true")
+    return Checkpoint(config=config, weights=weights, head=head)
+
+
+def check_checkpoint(directory: Path) -> Head:
+    """Check a model directory's tensors against its config.json from the files' headers alone; returns its head."""
+    shape = parse_config(read_config(directory), where=str(directory / "config.json"))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _tensor_files(directory):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    if not _is_derived(name):
+                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+    head: Head = "scalar" if "score.weight" in shapes else "lm"
+    if shape.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)  # a copy of the embeddings that some tools write; compared when it is read
+    _check_shapes(shapes, shape, head, where=str(directory))
+    return head
 
 
 def check_tensors(weights: Mapping[str, np.ndarray], config: LlamaConfig, head: Head, *, where: str) -> None:
     """Raise UserError unless `weights` holds exactly the model's tensors, each in its shape."""
+    _check_shapes({name: value.shape for name, value in weights.items()}, config, head, where=where)
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: LlamaConfig, head: Head, *, where: str) -> None:
     expected = tensor_shapes(config, head)
-    missing = [name for name in expected if name not in weights]
-    left_over = [name for name in weights if name not in expected]
+    missing = [name for name in expected if name not in shapes]
+    left_over = [name for name in shapes if name not in expected]
     if missing or left_over:
         parts = [f"missing {_some(missing)}"] * bool(missing) + [f"left over {_some(left_over)}"] * bool(left_over)
         raise UserError(f"{where}: tensors do not fit config.json: {'; '.join(parts)}")
     for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise UserError(f"{where}: {name} has shape {list(weights[name].shape)}, config.json says {list(shape)}")
+        if shapes[name] != shape:
+            raise UserError(f"{where}: {name} has shape {list(shapes[name])}, config.json says {list(shape)}")
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, tokenizer_directory: Path) -> None:
@@ -133,7 +156,9 @@ def with_scalar_head(checkpoint: Checkpoint, *, seed: int, zero: bool = False) -
     value head).
     """
     shape = checkpoint.shape
-    weights = {name: value for name, value in checkpoint.weights.items() if name not in ("lm_head.weight", "score.weight")}
+    weights = {
+        name: value for name, value in checkpoint.weights.items() if name not in ("lm_head.weight", "score.weight")
+    }
     std = 0.0 if zero else (shape.hidden_size + 1) ** -0.5
     head = random.normal(seed, "init/score.weight", (1, shape.hidden_size), std=std)
     weights["score.weight"] = head.astype(weights["model.norm.weight"].dtype)
@@ -156,8 +181,8 @@ def _config_for_head(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(directory: Path) -> Tensors:
-    """All tensors of a single-file or sharded checkpoint."""
+def _tensor_files(directory: Path) -> list[Path]:
+    """The safetensors files of a single-file or sharded checkpoint."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():
@@ -166,17 +191,15 @@ def _read_tensors(directory: Path) -> Tensors:
         files = {single}
     else:
         raise UserError(f"{directory}: no model.safetensors (other weight formats are not read: convert them first)")
-    weights: Tensors = {}
-    for file in sorted(files):
+    for file in files:
         if not file.is_file():
             raise UserError(f"{file}: named in {index.name} but not there")
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    weights[name] = tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a readable safetensors file: {error}") from None
-    return weights
+    return sorted(files)
+
+
+def _is_derived(name: str) -> bool:
+    """A table that old checkpoints carry and that config.json determines."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -114,7 +114,9 @@ def _parse_rope(config: Mapping[str, Any], where: str) -> Rope:
     missing = [name for name in known[kind] if name not in settings]
     unknown = [name for name in settings if name not in known[kind]]
     if missing or unknown:
-        raise UserError(f"{where}: RoPE type {kind!r} needs exactly {known[kind]}, missing {missing}, unknown {unknown}")
+        raise UserError(
+            f"{where}: RoPE type {kind!r} needs exactly {known[kind]}, missing {missing}, unknown {unknown}"
+        )
     return Rope(kind=kind, theta=theta, **settings)
 
 
@@ -133,7 +135,7 @@ def inverse_frequencies(config: LlamaConfig) -> Float[np.ndarray, " half"]:
         wavelengths = 2 * math.pi / frequencies
         old_length = rope.original_max_position_embeddings
         smooth = (old_length / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        # smooth <= 0: longer than the low-frequency wavelength, fully scaled; >= 1: short, left alone; between: a blend.
+        # smooth <= 0: longer than the low-frequency wavelength, fully scaled; >= 1: left alone; between: a blend.
         smooth = np.clip(smooth, 0.0, 1.0)
         frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
     return frequencies.astype(np.float32)

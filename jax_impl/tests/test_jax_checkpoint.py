@@ -1,0 +1,85 @@
+"""Checkpoints: ten steps equal five, a restart and five more, bit for bit; what does not fit is named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diptych.algorithms.losses import sft_loss
+from diptych.engine import Loss, OptimizerSpec, TrainBatch
+from diptych.errors import UserError
+
+SFT = Loss(function=sft_loss, reads="logprobs")
+ADAMW = OptimizerSpec(name="adamw", beta2=0.95, eps=1e-5, weight_decay=0.1, ema_decay=0.9)
+SGD = OptimizerSpec(name="sgd", momentum=0.9)
+
+
+@pytest.fixture
+def batch(ragged_batch):
+    tokens = ragged_batch(4, 12)
+    mask = tokens.attention & (np.arange(12) >= 7)
+    return TrainBatch(tokens=tokens, arrays={"mask": mask}, denominators={"num_tokens": float(mask.sum())})
+
+
+@pytest.mark.parametrize(("precision", "spec"), [("float32", ADAMW), ("float64", ADAMW), ("float32", SGD)])
+def test_ten_steps_are_five_and_five(precision, spec, tiny_model, batch, tmp_path):
+    def train(model, steps):
+        return [model.update(SFT, batch, learning_rate=1e-3 / (1 + step)) for step in steps]
+
+    straight = tiny_model(precision, optimizer=spec)
+    metrics = train(straight, range(10))
+    stopped = tiny_model(precision, optimizer=spec)
+    train(stopped, range(5))
+    stopped.save_checkpoint(tmp_path / "five")
+    train(stopped, range(3))  # a checkpoint is a copy: what follows does not reach it
+    zeros = {name: np.zeros_like(value) for name, value in stopped.weights().items()}
+    resumed = tiny_model(precision, optimizer=spec, weights=zeros)
+    resumed.load_checkpoint(tmp_path / "five")
+    assert resumed.optimizer_state().step == 5
+    assert train(resumed, range(5, 10)) == metrics[5:]
+    stopped.load_checkpoint(tmp_path / "five")
+    assert train(stopped, range(5, 10)) == metrics[5:]
+    for model in (resumed, stopped):
+        _assert_equal(model.weights(), straight.weights())
+        _assert_equal(model.optimizer_state().first, straight.optimizer_state().first)
+        _assert_equal(model.optimizer_state().second, straight.optimizer_state().second)
+        if spec.ema_decay is not None:
+            _assert_equal(model.ema_weights(), straight.ema_weights())
+    with pytest.raises(AssertionError):  # canary: six steps after the restart are not five
+        train(stopped, [0])
+        _assert_equal(stopped.weights(), straight.weights())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 40}, r"down_FD is float32\[2, 48, 32\], the model has float32\[2, 40, 32\]"),
+        ({"precision": "float64"}, "is float32.*the model has float64"),
+        ({"tie_word_embeddings": True}, "head_VD not in both"),
+        ({"optimizer": SGD}, "not in both"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, message, tiny_model, tmp_path):
+    tiny_model(optimizer=ADAMW).save_checkpoint(tmp_path)
+    other = tiny_model(**{"optimizer": ADAMW, **changes})
+    before = other.weights()
+    with pytest.raises(UserError, match=message):
+        other.load_checkpoint(tmp_path)
+    _assert_equal(other.weights(), before)
+
+
+def test_folders_are_checked(tiny_model, tmp_path):
+    model = tiny_model(optimizer=SGD)
+    with pytest.raises(UserError, match="is not a checkpoint of the JAX engine"):
+        model.load_checkpoint(tmp_path)
+    model.save_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="goes into an empty folder"):
+        model.save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="frozen"):
+        tiny_model().save_checkpoint(tmp_path / "frozen")
+
+
+def _assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
