@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from diptych.engine import Finish
 from diptych.errors import InvariantError
 from diptych.recipe.load import load_recipe

@@ -58,7 +58,7 @@ def main() -> int:
         pages.append((title, page, compare_runs(runs["jax"], runs["torch"])))
     for title, page, comparison in pages:
         print(f"\n{title}\n")
-        print(format_table(comparison))
+        print(format_table(comparison, every_metric=False))
         print(f"page: {page}")
     print(f"\nmodels: {options.output}/float32/{{jax,torch}}/models; try one:")
     print(

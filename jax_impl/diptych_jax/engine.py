@@ -125,14 +125,12 @@ class JaxModel:
 
     def update(self, loss: Loss, batch: TrainBatch, *, learning_rate: float) -> Metrics:
         """One optimizer step; compiled once per loss and shape. Raises ValueError where the rows do not divide."""
-        self._state, values = training.update(
-            self._state,
-            self._inputs(loss, batch),
-            jnp.asarray(learning_rate, self._dtype),
-            program=self._program(loss, batch),
-            spec=self._optimizer_spec(),
+        spec = self._optimizer_spec()
+        values, gradients = training.gradients(
+            self._model, self._inputs(loss, batch), program=self._program(loss, batch)
         )
-        return _floats(values)
+        self._state, norm = training.apply(self._state, gradients, jnp.asarray(learning_rate, self._dtype), spec=spec)
+        return _floats({**values, "grad_norm": norm})
 
     def evaluate(self, loss: Loss, batch: TrainBatch) -> Metrics:
         """The loss and metrics of a step, without one."""
@@ -141,7 +139,7 @@ class JaxModel:
     def gradients(self, loss: Loss, batch: TrainBatch) -> Tensors:
         """The unclipped gradient of the step's loss for every tensor."""
         inputs, program = self._inputs(loss, batch), self._program(loss, batch)
-        return weights.unpack(training.gradients(self._model, inputs, program=program))
+        return weights.unpack(training.gradients(self._model, inputs, program=program)[1])
 
     def _program(self, loss: Loss, batch: TrainBatch) -> training.Program:
         return training.Program(loss=loss, first=batch.tokens.first, chunk=self.spec.logprob_chunk)

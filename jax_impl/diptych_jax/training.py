@@ -3,7 +3,8 @@
 A batch arrives as [micro-batches, rows, ...]. Losses divide by denominators of the whole step (law 4), so everything
 that comes back is a plain sum over micro-batches; they run one after another in a `jax.lax.scan`, and memory does not
 grow with their number. Loss, shapes and optimizer are static; weights, arrays, denominators, temperature and learning
-rate are not: the programs are compiled once per (loss, shapes, model).
+rate are not: the programs are compiled once per (loss, shapes, model). The optimizer's part is a program of its own, so
+that an update and a look at its gradients share the one that takes long to compile.
 """
 
 from __future__ import annotations
@@ -76,19 +77,6 @@ def _combine(metrics: Values) -> Values:
     return {k: jnp.max(v, axis=0) if k.endswith("_max") else jnp.sum(v, axis=0) for k, v in metrics.items()}
 
 
-def _accumulate(model: Llama, inputs: Inputs, program: Program) -> tuple[Values, Llama]:
-    """Loss and metrics of the step, and the gradients of its loss."""
-    differentiate = jax.value_and_grad(partial(_loss, program=program), has_aux=True)
-
-    def body(total: Llama, rows: tuple) -> tuple[Llama, Values]:
-        (value, metrics), gradients = differentiate(model, _micro(inputs, rows))
-        return jax.tree.map(jnp.add, total, gradients), {"loss": value, **metrics}
-
-    zeros = jax.tree.map(jnp.zeros_like, model)
-    gradients, values = jax.lax.scan(body, zeros, inputs[:4])
-    return _combine(values), gradients
-
-
 @partial(jax.jit, static_argnames=("program",))
 def evaluate(model: Llama, inputs: Inputs, *, program: Program) -> Values:
     """Loss and metrics of the step."""
@@ -101,16 +89,22 @@ def evaluate(model: Llama, inputs: Inputs, *, program: Program) -> Values:
 
 
 @partial(jax.jit, static_argnames=("program",))
-def gradients(model: Llama, inputs: Inputs, *, program: Program) -> Llama:
-    """The gradients of the step's loss, unclipped, in the model's structure."""
-    return _accumulate(model, inputs, program)[1]
+def gradients(model: Llama, inputs: Inputs, *, program: Program) -> tuple[Values, Llama]:
+    """Loss and metrics of the step, and the gradients of its loss, unclipped, in the model's structure."""
+    differentiate = jax.value_and_grad(partial(_loss, program=program), has_aux=True)
+
+    def body(total: Llama, rows: tuple) -> tuple[Llama, Values]:
+        (value, metrics), gradient = differentiate(model, _micro(inputs, rows))
+        return jax.tree.map(jnp.add, total, gradient), {"loss": value, **metrics}
+
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    total, values = jax.lax.scan(body, zeros, inputs[:4])
+    return _combine(values), total
 
 
-@partial(jax.jit, static_argnames=("program", "spec"), donate_argnames=("state",))
-def update(
-    state: TrainState, inputs: Inputs, learning_rate: Float[Array, ""], *, program: Program, spec: OptimizerSpec
-) -> tuple[TrainState, Values]:
-    """One optimizer step. `state` is donated: its arrays are gone after the call."""
-    values, gradient = _accumulate(state.model, inputs, program)
-    state, norm = optimizer.apply(spec, state, gradient, learning_rate)
-    return state, {**values, "grad_norm": norm}
+@partial(jax.jit, static_argnames=("spec",), donate_argnames=("state",))
+def apply(
+    state: TrainState, gradient: Llama, learning_rate: Float[Array, ""], *, spec: OptimizerSpec
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One optimizer step, and the gradients' norm. `state` is donated: its arrays are gone after the call."""
+    return optimizer.apply(spec, state, gradient, learning_rate)

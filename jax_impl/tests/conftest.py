@@ -1,4 +1,8 @@
-"""What the JAX engine's tests share: tiny hot models, ragged left-padded batches, and a count of compilations."""
+"""What the JAX engine's tests share: tiny hot models, ragged left-padded batches, and a count of compilations.
+
+A gradient takes XLA seconds to compile even for a tiny model, so tests that can share a program do: one loss, one
+optimizer, one shape (`sft`, `adamw`, `sft_batch`).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from diptych.engine import EngineSettings, ModelSpec, OptimizerSpec, TokenBatch
+from diptych.algorithms.losses import sft_loss
+from diptych.engine import EngineSettings, Loss, ModelSpec, OptimizerSpec, TokenBatch, TrainBatch
 from diptych.weights.llama import parse_config, tensor_shapes
 
 VOCAB = 64
+SFT = Loss(function=sft_loss, reads="logprobs")
+ADAMW = OptimizerSpec(name="adamw", beta1=0.9, beta2=0.95, eps=1e-5, weight_decay=0.1, max_grad_norm=0.5, ema_decay=0.9)
+SGD = OptimizerSpec(name="sgd", momentum=0.8, weight_decay=0.1, max_grad_norm=None)
 
 
 def _config(**changes: Any) -> dict[str, Any]:
@@ -80,6 +88,40 @@ def hot_weights() -> Callable[..., dict[str, np.ndarray]]:
 @pytest.fixture
 def ragged_batch() -> Callable[..., TokenBatch]:
     return _batch
+
+
+def _sft_batch(num_rows: int = 4, length: int = 12, *, seed: int = 0) -> TrainBatch:
+    tokens = _batch(num_rows, length, seed=seed, first=3)
+    mask = tokens.attention & (np.arange(length) >= 7)
+    return TrainBatch(tokens=tokens, arrays={"mask": mask}, denominators={"num_tokens": float(mask.sum())})
+
+
+@pytest.fixture(autouse=True)
+def x64_as_it_was() -> Iterator[None]:
+    """A float64 engine switches x64 on for the process; the next test starts without it."""
+    before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def sft() -> Loss:
+    return SFT
+
+
+@pytest.fixture
+def adamw() -> OptimizerSpec:
+    return ADAMW
+
+
+@pytest.fixture
+def sgd() -> OptimizerSpec:
+    return SGD
+
+
+@pytest.fixture
+def sft_batch() -> Callable[..., TrainBatch]:
+    return _sft_batch
 
 
 @pytest.fixture

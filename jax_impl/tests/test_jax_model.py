@@ -131,25 +131,39 @@ def test_canary_the_numpy_forward_sees_seeded_bugs(bug, tiny_config, hot_weights
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logprobs_and_gradients_equal_transformers(case, tiny_model, tiny_config, hot_weights, ragged_batch):
+def test_logprobs_equal_transformers(case, tiny_model, tiny_config, hot_weights, ragged_batch):
+    batch = ragged_batch(4, 20, first=3)
+    config = tiny_config(**CASES[case])
+    logprobs, _ = _hugging_face_logprobs(config, hot_weights(config, "lm"), batch)
+    found = tiny_model(**CASES[case]).logprobs(batch, temperature=TEMPERATURE)
+    assert (found[:, :3] == 0).all()
+    want, real = np.pad(logprobs.detach().numpy(), ((0, 0), (1, 0))), _real_targets(batch)
+    np.testing.assert_allclose(found[real], want[real], rtol=0, atol=2e-5)
+
+
+def _hugging_face_logprobs(config, weights, batch):
+    import torch
+
+    logits, hf_model = _hugging_face(config, weights, batch)
+    targets = torch.from_numpy(batch.tokens[:, 1:].astype(np.int64))
+    return torch.log_softmax(logits[:, :-1] / TEMPERATURE, -1).gather(-1, targets[..., None])[..., 0], hf_model
+
+
+# Tied and untied, grouped and not; two micro-batches and several chunks of the vocabulary's tokens in the second.
+@pytest.mark.parametrize(
+    ("case", "cuts"),
+    [("tied-mha", {}), ("untied", {"micro_batch_size": 2, "logprob_chunk": 9})],
+    ids=["tied", "untied"],
+)
+def test_gradients_equal_transformers(case, cuts, tiny_model, tiny_config, hot_weights, ragged_batch):
     import torch
 
     batch = ragged_batch(4, 20, first=3)
     config = tiny_config(**CASES[case])
-    weights = hot_weights(config, "lm")
-    cuts = {"micro_batch_size": 2, "logprob_chunk": 9} if case == "untied" else {}  # loops take long to compile
     model = tiny_model(**CASES[case], **cuts)
     real = _real_targets(batch)
     factors = np.where(real, np.random.default_rng(5).normal(0, 1, real.shape), 0).astype(np.float32)
-
-    logits, hf_model = _hugging_face(config, weights, batch)
-    targets = torch.from_numpy(batch.tokens[:, 1:].astype(np.int64))
-    logprobs = torch.log_softmax(logits[:, :-1].float() / TEMPERATURE, -1).gather(-1, targets[..., None])[..., 0]
-    found = model.logprobs(batch, temperature=TEMPERATURE)
-    assert (found[:, :3] == 0).all()
-    want = np.pad(logprobs.detach().numpy(), ((0, 0), (1, 0)))
-    np.testing.assert_allclose(found[real], want[real], rtol=0, atol=2e-5)
-
+    logprobs, hf_model = _hugging_face_logprobs(config, hot_weights(config, "lm"), batch)
     ((logprobs * torch.from_numpy(factors[:, 1:])).sum() / 7.0).backward()
     loss = Loss(function=_weighted_sum, reads="logprobs", temperature=TEMPERATURE)
     gradients = model.gradients(loss, TrainBatch(tokens=batch, arrays={"factors": factors}, denominators={"num": 7.0}))
@@ -196,19 +210,15 @@ def test_long_positions(case, tiny_model, tiny_config, hot_weights, ragged_batch
         assert np.abs(plain - found)[real].max() > 1e-2
 
 
-def test_float64_gradient_is_the_slope_of_the_loss(tiny_model, tiny_config, hot_weights, ragged_batch):
-    batch = ragged_batch(2, 12)
-    factors = np.where(_real_targets(batch), np.random.default_rng(5).normal(0, 1, batch.tokens.shape), 0)
-    train = TrainBatch(tokens=batch, arrays={"factors": factors}, denominators={"num": 3.0})
-    loss = Loss(function=_weighted_sum, reads="logprobs")
-    model = tiny_model("float64")
-    gradients, weights = model.gradients(loss, train), model.weights()
+def test_float64_gradient_is_the_slope_of_the_loss(tiny_model, sft, sft_batch):
+    model, batch = tiny_model("float64"), sft_batch()
+    gradients, weights = model.gradients(sft, batch), model.weights()
     draws = np.random.default_rng(6)
     direction = {name: draws.normal(0, 1, w.shape) for name, w in weights.items()}
     values = []
     for step in (1e-5, -1e-5):
         model.load_weights({name: w + step * direction[name] for name, w in weights.items()})
-        values.append(model.evaluate(loss, train)["loss"])
+        values.append(model.evaluate(sft, batch)["loss"])
     slope = (values[0] - values[1]) / 2e-5
     along = sum(float((gradients[name] * direction[name]).sum()) for name in weights)
     assert abs(slope - along) < 1e-6 * abs(along)
@@ -216,12 +226,12 @@ def test_float64_gradient_is_the_slope_of_the_loss(tiny_model, tiny_config, hot_
 
 
 def test_padding_reaches_neither_values_nor_gradients(tiny_model, ragged_batch):
-    batch = ragged_batch(3, 20)
+    batch = ragged_batch(4, 20, first=3)
     other_tokens = np.where(batch.attention, batch.tokens, (batch.tokens + 17) % 64).astype(np.int32)
-    other = TokenBatch(tokens=other_tokens, attention=batch.attention, positions=batch.positions)
+    other = TokenBatch(tokens=other_tokens, attention=batch.attention, positions=batch.positions, first=3)
     factors = np.where(_real_targets(batch), 1.0, 0).astype(np.float32)
-    loss = Loss(function=_weighted_sum, reads="logprobs")
-    model = tiny_model()
+    loss = Loss(function=_weighted_sum, reads="logprobs", temperature=TEMPERATURE)
+    model = tiny_model(micro_batch_size=2, logprob_chunk=9)
     a, b = (
         model.gradients(loss, TrainBatch(tokens=t, arrays={"factors": factors}, denominators={"num": 1.0}))
         for t in (batch, other)
@@ -229,7 +239,8 @@ def test_padding_reaches_neither_values_nor_gradients(tiny_model, ragged_batch):
     for name, gradient in a.items():
         assert np.isfinite(gradient).all()
         np.testing.assert_array_equal(gradient, b[name], err_msg=name)
-    unmasked = TokenBatch(tokens=other_tokens, attention=np.ones_like(batch.attention), positions=batch.positions)
+    everywhere = np.ones_like(batch.attention)
+    unmasked = TokenBatch(tokens=other_tokens, attention=everywhere, positions=batch.positions, first=3)
     leaked = model.logprobs(unmasked, temperature=1.0) - model.logprobs(batch, temperature=1.0)
     assert np.abs(leaked[_real_targets(batch)]).max() > 1e-3  # canary: with the mask ignored, padding shows
 

@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="two runs of one recipe side by side: numbers and differences")
     compare.add_argument("a", type=Path, help="a run directory")
     compare.add_argument("b", type=Path, help="another")
+    compare.add_argument("--brief", action="store_true", help="only the results and each stage's largest difference")
     compare.add_argument("--html", type=Path, help="also write a self-contained page with both runs' curves")
     compare.set_defaults(command=_compare)
 
@@ -202,7 +203,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from diptych.run.compare import compare_runs, format_table, write_comparison
 
-    print(format_table(compare_runs(options.a, options.b)))
+    print(format_table(compare_runs(options.a, options.b), every_metric=not options.brief))
     if options.html is not None:
         write_comparison(options.a, options.b, options.html)
         print(f"page: {options.html}")

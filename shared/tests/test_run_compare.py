@@ -151,3 +151,15 @@ def test_numbers_are_read_as_written(tmp_path):
     (one,) = (one for one in compare_runs(a, b).metrics if one.max_absolute > 0)
     assert (one.metric, one.max_absolute_step) == ("loss", 3)
     assert 0 < one.max_relative < 1e-15
+
+
+def test_token_checksums_are_equal_or_not_and_no_difference_of_a_metric(tmp_path):
+    name = "rollout/tokens_crc32"
+    a = make_run(tmp_path / "a", extra=(name,))
+    b = make_run(tmp_path / "b", "torch", extra=(name,), planted={("rl", 4, name): 3e9, ("rl", 9, name): 1.0})
+    comparison = compare_runs(a, b)
+    assert comparison.largest("rl").metric != name
+    brief = format_table(comparison, every_metric=False)
+    assert "every sampled token equal in 20 of 20 rollouts" in brief  # sft's row comes first and agrees
+    b = make_run(tmp_path / "c", "torch", extra=(name,), planted={("sft", 4, name): 3e9, ("sft", 9, name): 1.0})
+    assert "equal in 18 of 20 rollouts, first different at step 4" in format_table(compare_runs(a, b))

@@ -94,8 +94,8 @@ def test_the_report_shows_every_stage_and_fetches_nothing(tmp_path):
         for chart in charts:
             assert chart.title in page.text
     for piece in (
-        "demo", "jax", "0.10", "4 → 1", "95.0%", "0.25 → 0.75", "3.5", "1 h 02 min", "novel/metric", "rollout",
-        "sft before", "rl after", "prompt_template", "score 0.75", "prefers-color-scheme",
+        "demo", "jax", "0.10", "4.000 → 1.000", "95.0%", "0.250 → 0.750", "3.5", "1 h 02 min", "novel/metric",
+        "rollout", "sft before", "rl after", "prompt_template", "score 0.75", "prefers-color-scheme",
     ):  # fmt: skip
         assert piece in page.text, piece
     assert "seed: 0" in page.text

@@ -14,12 +14,13 @@ from html import escape
 from pathlib import Path
 
 from diptych.recipe.load import parse_recipe
-from diptych.run.charts import Series, line_chart, number
+from diptych.run.charts import Series, line_chart
 from diptych.run.directory import differences as recipe_differences
 from diptych.run.directory import write_text
 from diptych.run.page import details, header, page, table, tile
 from diptych.run.report import CHARTS, STAGE_TITLES, Chart, RunRecord, Steps, other_charts, points, read_run
 
+TOKENS = "rollout/tokens_crc32"
 PARTED = 1e-4
 
 # Results in summary.json: (stage, key, label).
@@ -103,9 +104,14 @@ class Comparison:
     num_steps: Mapping[str, tuple[int, int, int]]
     recipe: Sequence[tuple[str, object, object]]
 
+    @property
+    def tokens(self) -> MetricDifference | None:
+        """The checksum of every rollout's tokens: equal or not, whatever the size of the difference."""
+        return next((one for one in self.metrics if one.metric == TOKENS), None)
+
     def largest(self, stage: str | None = None) -> MetricDifference | None:
         """The metric (of a stage) that is furthest apart in units of its own magnitude."""
-        chosen = [one for one in self.metrics if stage in (None, one.stage)]
+        chosen = [one for one in self.metrics if stage in (None, one.stage) and one.metric != TOKENS]
         return max(chosen, key=lambda one: one.scaled, default=None)
 
 
@@ -114,8 +120,8 @@ def compare_runs(a: Path, b: Path) -> Comparison:
     return _compare(read_run(a), read_run(b))
 
 
-def format_table(comparison: Comparison) -> str:
-    """The comparison as text for a terminal."""
+def format_table(comparison: Comparison, *, every_metric: bool = True) -> str:
+    """The comparison as text for a terminal: results, then every metric or only each stage's largest difference."""
     label_a, label_b = comparison.labels
     lines = _aligned(["stage", "result", label_a, label_b, "difference"], list(_result_rows(comparison)))
     for stage, (common, of_a, of_b) in comparison.num_steps.items():
@@ -123,7 +129,16 @@ def format_table(comparison: Comparison) -> str:
             lines.append(f"{stage}: {common} common steps of {of_a} ({label_a}) and {of_b} ({label_b})")
     for key, mine, other in comparison.recipe:
         lines.append(f"recipes differ: {key} is {mine!r} ({label_a}) and {other!r} ({label_b})")
-    if comparison.metrics:
+    if comparison.tokens is not None:
+        lines += ["", _tokens_line(comparison.tokens)]
+    if comparison.metrics and not every_metric:
+        for stage in comparison.num_steps:
+            if (largest := comparison.largest(stage)) is not None:
+                lines.append(
+                    f"{stage}: largest difference of any logged metric: {largest.scaled:.1e} of its magnitude "
+                    f"({largest.metric}, step {largest.max_absolute_step})"
+                )
+    elif comparison.metrics:
         lines += ["", *_aligned(_METRIC_COLUMNS, list(_metric_rows(comparison)))]
         lines.append(f"(parted: the first step where |a - b| > {PARTED:g} of the metric's largest magnitude)")
     else:
@@ -145,6 +160,7 @@ def write_comparison(a: Path, b: Path, html_path: Path) -> Path:
         f'<section class="tiles">{"".join(_tiles(comparison))}</section>',
         "<h2>Results</h2>",
         table(["stage", "result", label_a, label_b, "difference"], list(_result_rows(comparison)), numeric=(2, 3, 4)),
+        f"<p>{_tokens_line(comparison.tokens)}</p>" if comparison.tokens else "",
         _recipe_table(comparison),
         *(_stage_section(comparison, runs, stage) for stage in dict.fromkeys(runs[0].stages + runs[1].stages)),
         f"<footer>Relative: |a − b| / max(|a|, |b|) at that step. Parted: the first step where |a − b| exceeds "
@@ -159,7 +175,7 @@ def write_comparison(a: Path, b: Path, html_path: Path) -> Path:
 
 def is_timing(metric: str) -> bool:
     """Times and rates of work: never equal, and not meant to be."""
-    return metric.startswith("timing_s/") or "seconds" in metric or "per_second" in metric
+    return metric.startswith("timing_s/") or "seconds" in metric or "per_second" in metric or metric == "eps"
 
 
 def _compare(a: RunRecord, b: RunRecord) -> Comparison:
@@ -211,6 +227,13 @@ def _difference(stage: str, metric: str, steps: Sequence[int], left: Steps, righ
     )
 
 
+def _tokens_line(tokens: MetricDifference) -> str:
+    equal = sum(value == 0 for value in tokens.absolute)
+    first = next((step for step, value in zip(tokens.steps, tokens.absolute, strict=True) if value), None)
+    where = "" if first is None else f", first different at step {first}"
+    return f"{tokens.stage}: every sampled token equal in {equal} of {len(tokens.steps)} rollouts{where}"
+
+
 def _labels(a: RunRecord, b: RunRecord) -> tuple[str, str]:
     """The engines' names, or the directories' where both runs are of one engine."""
     engines = [str(run.summary.get("engine", "?")) for run in (a, b)]
@@ -231,7 +254,7 @@ def _result_rows(comparison: Comparison) -> Iterator[list[str]]:
 
 def _metric_rows(comparison: Comparison, stage: str | None = None) -> Iterator[list[str]]:
     for one in comparison.metrics:
-        if stage in (None, one.stage):
+        if stage in (None, one.stage) and one.metric != TOKENS:
             parted = "never" if one.parted_at is None else f"step {one.parted_at}"
             row = [one.stage, one.metric, str(len(one.steps))]
             if one.max_absolute == 0:
@@ -277,14 +300,15 @@ def _tiles(comparison: Comparison) -> Iterator[str]:
     ):
         for one in comparison.results:
             if one.key == key and one.a is not None and one.b is not None:
-                yield tile(label, f"{number(one.a)} | {number(one.b)}", f"{labels[0]} | {labels[1]}")
+                yield tile(label, f"{one.a:.3f} | {one.b:.3f}", f"{labels[0]} | {labels[1]}")
     seconds = [one for one in comparison.results if one.key == "seconds"]
     if seconds:
         totals = (sum(one.a or 0.0 for one in seconds), sum(one.b or 0.0 for one in seconds))
         yield tile("Seconds", " | ".join(f"{total:.0f}" for total in totals), f"{labels[0]} | {labels[1]}")
-    if comparison.metrics:
-        total = len(comparison.metrics)
-        together = sum(one.parted_at is None for one in comparison.metrics)
+    compared = [one for one in comparison.metrics if one.metric != TOKENS]
+    if compared:
+        total = len(compared)
+        together = sum(one.parted_at is None for one in compared)
         yield tile(f"Metrics within {PARTED:g}", f"{together} of {total}", "of their magnitude, at every common step")
 
 

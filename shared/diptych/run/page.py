@@ -84,11 +84,11 @@ h3 { margin: 30px 0 10px; font-size: 15px; }
 p.lead { margin: 0 0 16px; color: var(--soft); max-width: 75ch; }
 .facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 20px; color: var(--soft); font-size: 14px; }
 .facts b { color: var(--ink); font-weight: 600; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; }
 .tile, figure, .scroll, details { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .tile { padding: 16px 18px; display: flex; flex-direction: column; }
 .tile .label { color: var(--soft); font-size: 13px; }
-.tile .value { font-size: 25px; font-weight: 650; letter-spacing: -.02em; font-variant-numeric: tabular-nums;
+.tile .value { font-size: 21px; font-weight: 650; letter-spacing: -.02em; font-variant-numeric: tabular-nums;
   line-height: 1.35; white-space: nowrap; }
 .tile .detail { color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px; }

@@ -160,13 +160,13 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     if {"eval_loss_first", "eval_loss_last"} <= sft.keys():
         first, last = sft["eval_loss_first"], sft["eval_loss_last"]
         change = f"{(last - first) / first:+.0%}, " if first else ""
-        tiles.append(tile("SFT held-out loss", f"{number(first)} → {number(last)}", change + "nats per token"))
+        tiles.append(tile("SFT held-out loss", f"{first:.3f} → {last:.3f}", change + "nats per token"))
     if "eval_accuracy" in reward:
         tiles.append(tile("Reward accuracy", f"{reward['eval_accuracy']:.1%}", "of held-out pairs ordered right"))
     if {"eval_score_before", "eval_score_after"} <= rl.keys():
         before, after = rl["eval_score_before"], rl["eval_score_after"]
         detail = f"{after - before:+.3g} on held-out prompts"
-        tiles.append(tile("RL score", f"{number(before)} → {number(after)}", detail))
+        tiles.append(tile("RL score", f"{before:.3f} → {after:.3f}", detail))
     if "kl" in rl:
         bound = rl.get("kl_bound")
         limit = "nats per response" if bound is None else f"nats per response, bound {number(bound)}"
