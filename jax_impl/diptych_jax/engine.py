@@ -150,6 +150,8 @@ class JaxModel:
         self._check_tokens(batch.tokens.tokens)
         if loss.entropy and loss.reads != "logprobs":
             raise ValueError("a loss that reads scores has no entropy")
+        if loss.temperature <= 0:
+            raise ValueError(f"log-probabilities need a temperature above 0, got {loss.temperature}")
         num_rows = len(batch.tokens)
         size = min(self.spec.micro_batch_size, num_rows)
         if num_rows == 0 or num_rows % size:

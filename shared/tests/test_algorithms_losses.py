@@ -81,7 +81,7 @@ def sft_oracle(x, *, mask, num_tokens):
 
 def policy_oracle(x, *, entropy, old_logprobs, advantages, mask, clip_range, num_tokens):
     keys = ("loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/clamped_avg", "policy/entropy_avg")
-    out = dict.fromkeys((*keys, "val/ratio", "val/ratio_square", "policy/ratio_deviation_max"), 0.0)
+    out = dict.fromkeys((*keys, "val/ratio", "val/ratio_excess_square", "policy/ratio_deviation_max"), 0.0)
     for b, t in slots(mask):
         log_ratio = x[b][t] - old_logprobs[b][t]
         ratio = math.exp(min(max(log_ratio, -20.0), 20.0))
@@ -93,7 +93,7 @@ def policy_oracle(x, *, entropy, old_logprobs, advantages, mask, clip_range, num
         out["policy/clamped_avg"] += (abs(log_ratio) > 20) / num_tokens
         out["policy/entropy_avg"] += entropy[b][t] / num_tokens
         out["val/ratio"] += ratio / num_tokens
-        out["val/ratio_square"] += ratio**2 / num_tokens
+        out["val/ratio_excess_square"] += (ratio - 1) ** 2 / num_tokens
         out["policy/ratio_deviation_max"] = max(out["policy/ratio_deviation_max"], abs(ratio - 1))
     return out["loss/policy_avg"], out
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -26,19 +25,15 @@ PERSISTENCE_THRESHOLD = 100_000
 
 
 def start() -> torch.device:
-    """Bring up torch.distributed for this process, alone where no launcher has set the ranks. Returns its device.
+    """Bring up torch.distributed for this process. Returns its device.
 
-    Once per process; later calls change nothing. Only environment variables that are not set are set.
+    Once per process; later calls change nothing. Without a launcher the process is a group of its own that opens no
+    port and leaves no address behind, so that its child processes can be engines too.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in ("RANK", "LOCAL_RANK"):
-        os.environ.setdefault(name, "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    if os.environ["WORLD_SIZE"] != "1":
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, set or not
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: the torch engine runs in one process so far; "
             "start it without a launcher"
@@ -62,6 +57,8 @@ def start() -> torch.device:
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if not deepspeed.comm.is_initialized():
         backend = accelerator.communication_backend_name()
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return torch.device(accelerator.current_device_name())
 
@@ -113,8 +110,3 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None):
         yield
 
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

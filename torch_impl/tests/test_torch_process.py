@@ -34,7 +34,7 @@ batch = TokenBatch(tokens=tokens, attention=tokens > 0, positions=np.tile(np.ara
 loss = Loss(function=lambda logprobs, **_: (logprobs.sum(), {}), reads="logprobs")
 model.update(loss, TrainBatch(tokens=batch, arrays={}, denominators={}), learning_rate=1e-3)
 assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE", os.environ["OMP_WAIT_POLICY"]
-assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys()  # a child may be an engine too
 """
 
 

@@ -109,8 +109,9 @@ def ppo_policy_loss(
 
     Metrics, means over masked-in tokens: `loss/policy_avg` (the loss), `policy/approxkl_avg` (half the mean squared
     log-ratio), `policy/clipfrac_avg` (share of tokens where the clipped loss is the larger), `policy/clamped_avg`
-    (share of tokens beyond MAX_LOG_RATIO), `policy/entropy_avg`, `val/ratio`, `val/ratio_square` (mean of rho squared;
-    minus the square of `val/ratio` it is the variance). `policy/ratio_deviation_max`: the largest |rho - 1|.
+    (share of tokens beyond MAX_LOG_RATIO), `policy/entropy_avg`, `val/ratio`, `val/ratio_excess_square` (mean of
+    (rho - 1)^2; minus (val/ratio - 1)^2 it is the variance, and nothing cancels near 1).
+    `policy/ratio_deviation_max`: the largest |rho - 1|.
     """
     xp = array_namespace(logprobs)
     keep = _bool(xp, mask)
@@ -133,7 +134,7 @@ def ppo_policy_loss(
         "policy/entropy_avg": mean(entropy),
         "policy/ratio_deviation_max": xp.max(_only(xp, xp.abs(ratio - 1.0), keep)),
         "val/ratio": mean(ratio),
-        "val/ratio_square": mean(ratio * ratio),
+        "val/ratio_excess_square": mean((ratio - 1.0) * (ratio - 1.0)),
     }
 
 

@@ -315,8 +315,8 @@ class PPO:
         metrics = {name: float(np.mean([row[name] for row in per_step])) for name in per_step[0]}
         metrics["policy/ratio_deviation_max"] = deviation
         metrics["policy/first_ratio_deviation_max"] = first_deviation
-        # Variance over response tokens, from E[r^2] - E[r]^2 around 1 so that nothing cancels at ratios near 1.
-        metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_square") - metrics["val/ratio"] ** 2)
+        # The variance over response tokens, taken around 1 so that nothing cancels at ratios near 1.
+        metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_excess_square") - (metrics["val/ratio"] - 1) ** 2)
         return metrics
 
     def policy_batch(self, scored: Scored, rows: np.ndarray) -> TrainBatch:
