@@ -30,6 +30,7 @@ SETTINGS = [
     # A quarter of the batch wants calmer rates: else chaos multiplies rounding by ten every five iterations.
     "rl.learning_rate=3e-5",
     "rl.critic_learning_rate=1e-4",
+    "rl.max_kl=null",
 ]
 # Not numbers of the algorithm: how long things took.
 TIMING = ("timing_s/", "time", "eps", "tokens_per_second")

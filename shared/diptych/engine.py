@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -199,6 +199,7 @@ class EngineSettings:
     zero_stage: int = 0
 
 
+@runtime_checkable
 class Model(Protocol):
     """One model on the accelerator. Every array that goes in or comes out is NumPy; floats are float32 or float64."""
 
@@ -254,6 +255,7 @@ class Model(Protocol):
     def load_checkpoint(self, directory: Path) -> None: ...
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Everything that touches an accelerator."""
 

@@ -442,8 +442,9 @@ BAD = {
     "hole in the mask": ({"mask": np.array([[1, 0, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]], bool)}, ValueError, "slot 0"),
     "empty row": ({"mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], bool)}, ValueError, "slot 0"),
     "mixed dtypes": ({"scores": np.zeros(3, np.float32)}, ValueError, "share"),
-    "wrong shape": ({"scores": np.zeros(4)}, ValueError, "scores has shape"),
-    "mask of numbers": ({"mask": np.ones((3, 4))}, ValueError, "must be bool"),
+    # Under the run-time type checker of the tests the annotation itself refuses these two.
+    "wrong shape": ({"scores": np.zeros(4)}, (ValueError, TypeError), "scores"),
+    "mask of numbers": ({"mask": np.ones((3, 4))}, (ValueError, TypeError), "mask"),
     "unknown estimator": ({"kl_estimator": "k4"}, ValueError, "k4"),
     "only stop tokens": (
         {"dialect": "dschat", "mask": np.eye(1, 4, dtype=bool).repeat(3, 0), "ended": np.ones(3, bool)},
