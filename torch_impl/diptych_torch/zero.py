@@ -58,7 +58,8 @@ def start() -> torch.device:
     if not deepspeed.comm.is_initialized():
         backend = accelerator.communication_backend_name()
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return torch.device(accelerator.current_device_name())
 
@@ -109,4 +110,3 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
 
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None):
         yield
-

@@ -21,6 +21,8 @@ from diptych.run.page import details, header, page, table, tile
 from diptych.run.report import CHARTS, STAGE_TITLES, Chart, RunRecord, Steps, other_charts, points, read_run
 
 TOKENS = "rollout/tokens_crc32"
+# Metrics that are themselves differences of equal numbers: rounding noise, never equal relative to its own size.
+ROUNDING = ("policy/first_ratio_deviation_max", "rollout/logprob_gap_max", "rollout/logprob_gap_mean")
 PARTED = 1e-4
 
 # Results in summary.json: (stage, key, label).
@@ -111,7 +113,8 @@ class Comparison:
 
     def largest(self, stage: str | None = None) -> MetricDifference | None:
         """The metric (of a stage) that is furthest apart in units of its own magnitude."""
-        chosen = [one for one in self.metrics if stage in (None, one.stage) and one.metric != TOKENS]
+        skipped = (TOKENS, *ROUNDING)
+        chosen = [one for one in self.metrics if stage in (None, one.stage) and one.metric not in skipped]
         return max(chosen, key=lambda one: one.scaled, default=None)
 
 
