@@ -1,7 +1,12 @@
-"""Settings of every test run."""
+"""Settings of every test run: few threads, no progress bars, the longest tests first."""
 
 import os
 
 # Workers share few cores: a spinning thread pool per worker would be many times slower than one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DIPTYCH_PROGRESS", "off")
+
+
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that no worker is left with a long one at the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords)

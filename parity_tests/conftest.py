@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from diptych import random
 from diptych.recipe.load import load_recipe
 from diptych.stages.pipeline import prepare
 from diptych.weights.huggingface import read_checkpoint, with_scalar_head, write_checkpoint
+from parity_tests import check_table
 
 pytest.importorskip("jax", reason="parity needs both engines")
 pytest.importorskip("torch", reason="parity needs both engines")
@@ -20,16 +22,37 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 SMALL_DATA = ["data.demonstrations.limit=300", "data.preferences.limit=300", "data.prompts.limit=200"]
 
 
+@pytest.fixture
+def judge(record_property):
+    """judge(row, check, error, limit): note a measurement for the table at the end, and fail where it is too large."""
+
+    def judge(row, check, error, limit):
+        record_property(*check_table.note(row, check, error, limit))
+        assert error <= limit, f"{row}: {check}: {error:.3g} above {limit:.1e}"
+
+    return judge
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of family x check, of whatever part of it has run (also under xdist)."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    properties = [report.user_properties for report in reports if getattr(report, "when", "") == "call"]
+    lines = check_table.table(check_table.measurements(properties))
+    if lines:
+        terminalreporter.section("families: the largest error of both engines in each check")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
 def heat(checkpoint, seed):
     """Hot weights: initial-like ones hide most seeded bugs (docs/parity.md). Gains leave 1, projections are larger."""
+    weights = {}
     for name, value in checkpoint.weights.items():
         if name.endswith("norm.weight"):
-            value += random.normal(seed, f"heat/{name}", value.shape, std=0.2)
-        elif "embed" not in name and name != "score.weight":
-            value *= 4.0
-        elif "embed" in name:
-            value *= 3.0
-    return checkpoint
+            weights[name] = value + random.normal(seed, f"heat/{name}", value.shape, std=0.2)
+        else:
+            weights[name] = value * {"score.weight": 1.0}.get(name, 3.0 if "embed" in name else 4.0)
+    return replace(checkpoint, weights=weights)
 
 
 @pytest.fixture(scope="session")

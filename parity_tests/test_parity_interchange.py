@@ -121,8 +121,10 @@ def test_the_same_three_stages_give_the_same_models_in_float64(tmp_path):
     run("jax", tmp_path / "jax", "precision=float64")
     run("torch", tmp_path / "torch", "precision=float64")
     for name in ("sft", "reward", "rl", "rl-critic", "rl-ema"):
-        a = read_checkpoint(tmp_path / "jax/models" / name, precision="float64").weights
-        b = read_checkpoint(tmp_path / "torch/models" / name, precision="float64").weights
+        a, b = (
+            dict(read_checkpoint(tmp_path / engine / "models" / name, precision="float64").weights)
+            for engine in ("jax", "torch")
+        )
         assert not tensors(name, a, b, limit=1e-8)
         a["model.norm.weight"] = a["model.norm.weight"] * (1 + 1e-7)
         assert tensors(name, a, b, limit=1e-8)  # canary

@@ -1,7 +1,8 @@
 """Training state on disk through orbax: weights, moments, step and average, restored bit for bit.
 
-The state is stored as nested dictionaries that end in arrays in the model's own (stacked) layout: a checkpoint is for
-going on with the same engine. Weights and optimizer state cross to another engine by Hugging Face names instead.
+The state of the trained part (all, or an adapter) is stored as nested dictionaries that end in arrays in the model's
+own (stacked) layout: a checkpoint is for going on with the same engine. Weights and optimizer state cross to another
+engine by Hugging Face names instead.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import numpy as np
 from orbax.checkpoint import v1 as orbax
 
 from diptych.errors import UserError
-from diptych_jax.model import Llama
 from diptych_jax.optimizer import TrainState, moments_of, with_moments
-from diptych_jax.weights import arrays
+from diptych_jax.weights import Model, by_slot
 
 _FOLDER = "state"
 
@@ -54,30 +54,25 @@ def load(directory: Path, state: TrainState) -> TrainState:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(state))
     # Copies: the restored buffers are donated to the next update and must belong to nobody else.
     tree = jax.tree.map(lambda x: jnp.array(x, copy=True), orbax.load(str(source), abstract))
-    moments = moments_of(state)._replace(
-        step=tree["step"],
-        first=_filled(state.model, tree["first"]),
-        second=_filled(state.model, tree["second"]) if "second" in tree else None,
-    )
-    ema = _filled(state.model, tree["ema"]) if "ema" in tree else None
-    return with_moments(TrainState(_filled(state.model, tree["parameters"]), state.optimizer, ema), moments)
+
+    def filled(part: str) -> Any:
+        return by_slot(lambda name, _: tree[part][name], state.model) if part in tree else None
+
+    moments = moments_of(state)._replace(step=tree["step"], first=filled("first"), second=filled("second"))
+    return with_moments(TrainState(filled("parameters"), state.optimizer, filled("ema")), moments)
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
     moments = moments_of(state)
     parts = {"parameters": state.model, "first": moments.first, "second": moments.second, "ema": state.ema}
-    held = {part: {slot.attribute: array for slot, array in arrays(model)} for part, model in parts.items() if model}
-    return {"step": moments.step, **held}
+    return {"step": moments.step} | {part: _arrays(model) for part, model in parts.items() if model is not None}
 
 
-def _filled(model: Llama, values: dict[str, jax.Array]) -> Llama:
-    """A model of the same structure that holds `values` by attribute."""
-    leaves, structure = jax.tree.flatten(model)
-    attributes = jax.tree.leaves(
-        jax.tree_util.tree_map_with_path(lambda path, _: path[-2].name, model), is_leaf=lambda x: isinstance(x, str)
-    )
-    assert len(leaves) == len(attributes)
-    return jax.tree.unflatten(structure, [values[attribute] for attribute in attributes])
+def _arrays(model: Model) -> dict[str, jax.Array]:
+    """The arrays of the trained part, by slot."""
+    found: dict[str, jax.Array] = {}
+    by_slot(found.setdefault, model)
+    return found
 
 
 def _flat(tree: Any) -> dict[str, Any]:

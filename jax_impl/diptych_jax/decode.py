@@ -1,17 +1,18 @@
 """Sampling completions: prefill of left-padded prompts, then one compiled `jax.lax.while_loop` over a static cache.
 
 The keys and values of all prompt and response columns live in one buffer per layer, written in place: S = prompt + new
-columns, K key-value heads (grouped, never repeated). The loop stops as soon as every row has finished. Its layers are
-the training layers taken apart once before the loop; positions are explicit; logits come from the function that the
-trainer's log-probabilities use. The engine owns no random numbers: uniforms are given, one per row and column.
+columns (a recurrent model has its state instead). The loop stops as soon as every row has finished. Prefill and loop
+read tokens through the same function (`Decoder.reader`), whose layers are the training layers taken apart once;
+positions are explicit; logits come from the function that the trainer's log-probabilities use. The engine owns no
+random numbers: uniforms are given, one per row and column.
 
-Dimensions: B batch, P prompt columns, E new columns, S = P + E, K key-value heads, H head size, V vocabulary, D width.
+Dimensions: B batch, P prompt columns, E new columns, S = P + E, D width of the states that the head reads.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from diptych.algorithms.sampling import check_sampling
 from diptych.engine import Completions, Finish, PromptBatch, Sampling
-from diptych_jax.attention import attention
-from diptych_jax.logprobs import logits
-from diptych_jax.model import DecoderLayer, Llama, hidden_states
+from diptych.families.family import check_reach
+from diptych_jax.logprobs import tempered
 from diptych_jax.sampling import Draw, draw, draw_greedy
-
-Cache = list[tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]  # keys and values of each layer
+from diptych_jax.weights import Model
 
 
 class _Settings(NamedTuple):
@@ -35,13 +34,14 @@ class _Settings(NamedTuple):
     greedy: bool
     top_k: int
     nucleus: bool
+    prefill: tuple[int, ...]  # columns of each piece in which the prompts are read
 
 
 class _Loop(NamedTuple):
-    """What the loop carries. step: columns drawn so far; the last of them is not yet in the cache."""
+    """What the loop carries. step: columns drawn so far; the last of them is not yet in the state."""
 
     step: Int[Array, ""]
-    cache: Cache
+    state: Any  # the cache, or a recurrent state
     last_B: Int[Array, " B"]
     finished_B: Bool[Array, " B"]
     tokens_BE: Int[Array, "B E"]
@@ -50,34 +50,9 @@ class _Loop(NamedTuple):
     margins_BE: Float[Array, "B E"]
 
 
-def decode_step(
-    model: Llama,
-    layers: list[DecoderLayer],
-    cache: Cache,
-    tokens_B: Int[Array, " B"],
-    positions_B: Int[Array, " B"],
-    column: Int[Array, ""],
-    mask_BS: Bool[Array, "B S"],
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Read one more token of every row: writes its keys and values at `column`, returns the final hidden state."""
-    angles = model.angles(positions_B[:, None])
-    x_BTD = model.embed(tokens_B[:, None])
-    new_cache: Cache = []
-    for layer, (keys_BSKH, values_BSKH) in zip(layers, cache, strict=True):
-
-        def attend(q_BTNH, k_BTKH, v_BTKH, keys_BSKH=keys_BSKH, values_BSKH=values_BSKH):
-            keys_BSKH = jax.lax.dynamic_update_slice_in_dim(keys_BSKH, k_BTKH, column, axis=1)
-            values_BSKH = jax.lax.dynamic_update_slice_in_dim(values_BSKH, v_BTKH, column, axis=1)
-            return attention(q_BTNH, keys_BSKH, values_BSKH, mask_BS[:, None]), (keys_BSKH, values_BSKH)
-
-        x_BTD, written = layer(x_BTD, angles, attend)
-        new_cache.append(written)
-    return model.final_norm(x_BTD)[:, 0], new_cache
-
-
 @partial(jax.jit, static_argnames=("settings",))
 def _generate(
-    model: Llama,
+    model: Model,
     prompt_BP: Int[Array, "B P"],
     attention_BP: Bool[Array, "B P"],
     positions_BP: Int[Array, "B P"],
@@ -91,10 +66,10 @@ def _generate(
 ) -> _Loop:
     batch, num_prompt = prompt_BP.shape
     num_new = settings.num_new
-    dtype = jnp.promote_types(model.embedding_VD[...].dtype, jnp.float32)
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
 
     def sample(x_BD: Float[Array, "B D"], column: Int[Array, ""]) -> Draw:
-        logits_BV = logits(x_BD, model.unembedding_VD, temperature)
+        logits_BV = tempered(model.unembed, x_BD, temperature)
         if settings.greedy:
             return draw_greedy(logits_BV)
         uniforms_B = jax.lax.dynamic_index_in_dim(uniforms_BE, column, axis=1, keepdims=False)
@@ -120,16 +95,23 @@ def _generate(
             margins_BE=write(loop.margins_BE, jnp.where(running_B, margins_B, 0)),
         )
 
-    hidden_BPD, (keys_LBPKH, values_LBPKH) = hidden_states(
-        model, prompt_BP, attention_BP, positions_BP, keep_cache=True
-    )
-    room = ((0, 0), (0, num_new), (0, 0), (0, 0))
-    cache = [
-        (jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in zip(keys_LBPKH, values_LBPKH, strict=True)
-    ]
+    # All columns, those to come included: real from the first response column on, positions going on from the prompt's.
+    # (The mask is causal, so nothing reads a column before it is written.)
+    columns_E = jnp.arange(num_new, dtype=jnp.int32)
+    attention_BS = jnp.pad(attention_BP, ((0, 0), (0, num_new)), constant_values=True)
+    positions_BS = jnp.concatenate([positions_BP, positions_BP[:, -1:] + 1 + columns_E], axis=1)
+    read = partial(model.reader(), attention_BS=attention_BS, positions_BS=positions_BS)
+    state, column = model.state(batch, num_prompt + num_new), 0
+    hidden_BPD = jnp.zeros((batch, 0, 0), dtype)
+    for size in settings.prefill:
+        piece = slice(column, column + size)
+        hidden_BPD, state = read(
+            state, prompt_BP[:, piece], attention_BP[:, piece], positions_BP[:, piece], column=column
+        )
+        column += size
     start = _Loop(
         step=jnp.zeros((), jnp.int32),
-        cache=cache,
+        state=state,
         last_B=jnp.zeros(batch, jnp.int32),
         finished_B=jnp.zeros(batch, bool),
         tokens_BE=jnp.full((batch, num_new), pad_id, jnp.int32),
@@ -138,35 +120,37 @@ def _generate(
         margins_BE=jnp.zeros((batch, num_new), dtype),
     )
 
-    layers = model.unstacked_layers()
-    columns_S = jnp.arange(num_prompt + num_new)
-    prompt_BS = jnp.pad(attention_BP, ((0, 0), (0, num_new)))
-
     def body(loop: _Loop) -> _Loop:
         column = num_prompt + loop.step - 1
-        mask_BS = prompt_BS | ((columns_S >= num_prompt) & (columns_S <= column))
-        x_BD, cache = decode_step(
-            model, layers, loop.cache, loop.last_B, positions_BP[:, -1] + loop.step, column, mask_BS
+        hidden_B1D, state = read(
+            loop.state,
+            loop.last_B[:, None],
+            jnp.ones((batch, 1), bool),
+            positions_BP[:, -1:] + loop.step,
+            column=column,
         )
-        return record(loop._replace(cache=cache), x_BD)
+        return record(loop._replace(state=state), hidden_B1D[:, 0])
 
     def unfinished(loop: _Loop) -> Bool[Array, ""]:
         return (loop.step < num_new) & ~jnp.all(loop.finished_B)
 
     # Prompts are left-padded: the last column of every row is real.
     end = jax.lax.while_loop(unfinished, body, record(start, hidden_BPD[:, -1]))
-    return end._replace(cache=[])
+    return end._replace(state=None)
 
 
 def generate(
-    model: Llama,
+    model: Model,
     prompts: PromptBatch,
     sampling: Sampling,
     uniforms: Float[np.ndarray, "batch new"],
     *,
     pad_token_id: int,
+    prefill: tuple[int, ...] | None = None,
 ) -> Completions:
     """Sample completions; see `diptych.engine.Model.generate`. All rows run at once.
+
+    prefill: columns of each piece in which the prompts are read, together all of them; None: in one piece.
 
     One program per (rows, prompt columns, max_new_tokens, number of stop tokens, greedy, top_k, top-p on or off);
     temperature, top_p and the token ids may change without a compilation. Raises ValueError for inputs that break the
@@ -180,8 +164,9 @@ def generate(
         raise ValueError("prompts must be left-padded: every row one or more real tokens, and none before padding")
     if num_new < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {num_new}")
+    check_reach(model.config, prompts.tokens.shape[1] + num_new)
     check_sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    dtype = model.embedding_VD[...].dtype
+    dtype = model.dtype
     greedy = sampling.temperature == 0
     end = _generate(
         model,
@@ -198,6 +183,7 @@ def generate(
             greedy=greedy,
             top_k=0 if greedy else sampling.top_k,
             nucleus=not greedy and sampling.top_p < 1,
+            prefill=prefill or (prompts.tokens.shape[1],),
         ),
     )
     # Copies: NumPy's views of JAX arrays are read-only.

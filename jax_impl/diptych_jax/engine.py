@@ -12,7 +12,7 @@ program has an explicit type. The persistent compilation cache is left as it is 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from diptych.engine import (
     Completions,
@@ -37,14 +37,16 @@ from diptych.engine import (
     TrainBatch,
 )
 from diptych.errors import UserError
-from diptych.weights.llama import parse_config
+from diptych.families.family import read_model
+from diptych_jax import adapter as adapters
 from diptych_jax import checkpoint, decode, optimizer, scoring, training, weights
-from diptych_jax.model import Llama
 from diptych_jax.optimizer import Moments, TrainState
 
 
 def create(settings: EngineSettings) -> JaxEngine:
     """Start the engine: sets JAX's process-wide precision switches (see the top of the file)."""
+    if settings.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     if settings.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -61,7 +63,7 @@ class JaxEngine:
 
     def model(self, spec: ModelSpec) -> JaxModel:
         """Put copies of the weights of `spec` on the device. Raises UserError where they do not fit the config."""
-        return JaxModel(spec, np.dtype(self.settings.precision))
+        return JaxModel(spec, self.settings)
 
     def environment(self) -> dict[str, str]:
         """Versions, devices and precision switches."""
@@ -82,27 +84,37 @@ class JaxEngine:
 class JaxModel:
     """See `diptych.engine.Model`. A frozen model has no optimizer: updating or checkpointing it is an error."""
 
-    def __init__(self, spec: ModelSpec, dtype: np.dtype):
+    def __init__(self, spec: ModelSpec, settings: EngineSettings):
         if spec.micro_batch_size < 1 or spec.logprob_chunk < 1:
             raise ValueError("micro_batch_size and logprob_chunk must be 1 or more")
         self.spec = spec
-        self._dtype = dtype
-        self._config = parse_config(spec.config)
+        self._settings = settings
+        self._dtype = dtype = np.dtype(settings.precision)
+        self._config = read_model(spec.config)
         model = weights.pack(self._config, spec.head, spec.weights, dtype)
-        self._state = TrainState(model, (), None) if spec.optimizer is None else optimizer.create(spec.optimizer, model)
+        if spec.adapter is not None:
+            adapter = adapters.pack(self._config, spec.adapter, spec.adapter_weights, dtype)
+            model = weights.with_adapter(model, adapter)
+        trained, self._frozen = weights.split(model)
+        self._state = (
+            TrainState(trained, (), None) if spec.optimizer is None else optimizer.create(spec.optimizer, trained)
+        )
 
     # Scoring -------------------------------------------------------------------------------------------------------
 
-    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Float[np.ndarray, "batch time"]:
+    def logprobs(
+        self, batch: TokenBatch, *, temperature: float, adapter: bool = True
+    ) -> Float[np.ndarray, "batch time"]:
         """Nats of each token given those before it, of logits / temperature; 0 before `batch.first`."""
         self._need_head("lm")
+        model = self._model if adapter else self._without_adapter()
         self._check_tokens(batch.tokens)
         if temperature <= 0:
             raise ValueError(f"log-probabilities need a temperature above 0, got {temperature}")
         scale = jnp.asarray(temperature, self._dtype)
         return self._score(
             batch,
-            lambda rows: scoring.logprobs(self._model, *rows, scale, first=batch.first, chunk=self.spec.logprob_chunk),
+            lambda rows: scoring.logprobs(model, *rows, scale, first=batch.first, chunk=self.spec.logprob_chunk),
         )
 
     def scores(self, batch: TokenBatch) -> Float[np.ndarray, "batch time"]:
@@ -110,6 +122,15 @@ class JaxModel:
         self._need_head("scalar")
         self._check_tokens(batch.tokens)
         return self._score(batch, lambda rows: scoring.scores(self._model, *rows))
+
+    def greedy_matches(self, batch: TokenBatch) -> Bool[np.ndarray, "batch time"]:
+        """Is each token the likeliest one given those before it? False before `batch.first`."""
+        self._need_head("lm")
+        self._check_tokens(batch.tokens)
+        return self._score(
+            batch,
+            lambda rows: scoring.greedy_matches(self._model, *rows, first=batch.first, chunk=self.spec.logprob_chunk),
+        )
 
     def _score(self, batch: TokenBatch, score: Any) -> np.ndarray:
         """`score` of micro-batches, all of one shape: the last is filled up with copies of its last row."""
@@ -127,7 +148,7 @@ class JaxModel:
         """One optimizer step; compiled once per loss and shape. Raises ValueError where the rows do not divide."""
         spec = self._optimizer_spec()
         values, gradients = training.gradients(
-            self._model, self._inputs(loss, batch), program=self._program(loss, batch)
+            self._state.model, self._frozen, self._inputs(loss, batch), program=self._program(loss, batch)
         )
         self._state, norm = training.apply(self._state, gradients, jnp.asarray(learning_rate, self._dtype), spec=spec)
         return _floats({**values, "grad_norm": norm})
@@ -137,12 +158,14 @@ class JaxModel:
         return _floats(training.evaluate(self._model, self._inputs(loss, batch), program=self._program(loss, batch)))
 
     def gradients(self, loss: Loss, batch: TrainBatch) -> Tensors:
-        """The unclipped gradient of the step's loss for every tensor."""
+        """The unclipped gradient of the step's loss for every trained tensor."""
         inputs, program = self._inputs(loss, batch), self._program(loss, batch)
-        return weights.unpack(training.gradients(self._model, inputs, program=program)[1])
+        return weights.unpack_trained(training.gradients(self._state.model, self._frozen, inputs, program=program)[1])
 
     def _program(self, loss: Loss, batch: TrainBatch) -> training.Program:
-        return training.Program(loss=loss, first=batch.tokens.first, chunk=self.spec.logprob_chunk)
+        return training.Program(
+            loss=loss, first=batch.tokens.first, chunk=self.spec.logprob_chunk, remat=self._settings.remat
+        )
 
     def _inputs(self, loss: Loss, batch: TrainBatch) -> training.Inputs:
         """The batch as [micro-batches, rows, ...] on the device; floats in the engine's precision."""
@@ -172,6 +195,7 @@ class JaxModel:
             arrays={name: cut(array) for name, array in batch.arrays.items()},
             denominators={name: jnp.asarray(value, self._dtype) for name, value in batch.denominators.items()},
             temperature=jnp.asarray(loss.temperature, self._dtype),
+            num_routed=jnp.asarray(float(batch.tokens.attention.sum()) * self._config.num_layers, self._dtype),
         )
 
     def _put(self, host: np.ndarray) -> jax.Array:
@@ -193,26 +217,40 @@ class JaxModel:
 
     # State ---------------------------------------------------------------------------------------------------------
 
-    def weights(self) -> Tensors:
-        """Copies of all tensors by Hugging Face name."""
-        return weights.unpack(self._model)
+    def weights(self, names: Sequence[str] | None = None) -> Tensors:
+        """Copies of all tensors (or of `names`) by Hugging Face name."""
+        return weights.unpack(self._model, names)
 
     def load_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Replace all weights; optimizer state and average stay."""
-        self._state = self._state._replace(model=self._pack(tensors, "weights"))
+        """Replace all weights; adapter, optimizer state and average stay."""
+        model = weights.pack(self._config, self.spec.head, tensors, self._dtype)
+        trained, self._frozen = weights.split(weights.with_adapter(model, self._state.model.adapter))
+        self._state = self._state._replace(model=trained)
+
+    def adapter_weights(self) -> Tensors:
+        """Copies of the adapter's tensors, and of a scalar head trained beside it, by PEFT's names."""
+        self._need_adapter()
+        return weights.unpack_trained(self._state.model)
+
+    def load_adapter(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Replace them; weights, optimizer state and average stay."""
+        self._need_adapter()
+        self._state = self._state._replace(model=self._pack(tensors, "adapter"))
 
     def ema_weights(self) -> Tensors:
-        """The averaged weights. Raises ValueError where `ema_decay` is not set."""
+        """The averaged trained weights. Raises ValueError where `ema_decay` is not set."""
         if self._state.ema is None:
             raise ValueError("this model keeps no average of its weights: set OptimizerSpec.ema_decay")
-        return weights.unpack(self._state.ema)
+        return weights.unpack_trained(self._state.ema)
 
     def optimizer_state(self) -> OptimizerState:
-        """Step count and moments by Hugging Face name, in the weights' layout."""
+        """Step count and moments by the trained tensors' names, in their layout."""
         self._optimizer_spec()
         step, first, second = optimizer.moments_of(self._state)
         return OptimizerState(
-            step=int(step), first=weights.unpack(first), second={} if second is None else weights.unpack(second)
+            step=int(step),
+            first=weights.unpack_trained(first),
+            second={} if second is None else weights.unpack_trained(second),
         )
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
@@ -238,11 +276,20 @@ class JaxModel:
         self._state = checkpoint.load(directory, self._state)
 
     @property
-    def _model(self) -> Llama:
-        return self._state.model
+    def _model(self) -> weights.Model:
+        return weights.join(self._state.model, self._frozen)
 
-    def _pack(self, tensors: Mapping[str, np.ndarray], what: str) -> Llama:
-        return weights.pack(self._config, self.spec.head, tensors, self._dtype, what=what)
+    def _without_adapter(self) -> weights.Model:
+        """The model as it is below its adapter: the reference of a policy that trains one."""
+        self._need_adapter()
+        return weights.with_adapter(self._model, None)
+
+    def _pack(self, tensors: Mapping[str, np.ndarray], what: str) -> weights.Model:
+        return weights.pack_trained(self._state.model, tensors, self._dtype, what=what)
+
+    def _need_adapter(self) -> None:
+        if self.spec.adapter is None:
+            raise ValueError("this model has no adapter: its spec names none")
 
     def _optimizer_spec(self) -> OptimizerSpec:
         if self.spec.optimizer is None:

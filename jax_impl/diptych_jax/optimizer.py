@@ -17,27 +17,27 @@ import optax
 from jaxtyping import Array, Float
 
 from diptych.engine import OptimizerSpec
-from diptych_jax.model import Llama
-from diptych_jax.weights import decayed
+from diptych_jax.weights import Model, decayed
 
 
 class TrainState(NamedTuple):
-    """All that an update changes: weights, optimizer state, and the weights' average where one is kept."""
+    """All that an update changes: the trained weights (`weights.split`), optimizer state, and the average of the
+    weights where one is kept."""
 
-    model: Llama
+    model: Model
     optimizer: tuple[Any, ...]
-    ema: Llama | None
+    ema: Model | None
 
 
 class Moments(NamedTuple):
     """Optimizer state. step: updates made, int32. second is None for SGD, whose `first` is the momentum buffer."""
 
     step: Array
-    first: Llama
-    second: Llama | None
+    first: Model
+    second: Model | None
 
 
-def create(spec: OptimizerSpec, model: Llama) -> TrainState:
+def create(spec: OptimizerSpec, model: Model) -> TrainState:
     """The state before the first update; the average starts at the weights."""
     ema = None if spec.ema_decay is None else jax.tree.map(lambda parameter: jnp.array(parameter, copy=True), model)
     init: Any = transformation(spec).init
@@ -109,7 +109,7 @@ def add_weight_decay(weight_decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def global_norm(gradients: Llama) -> Float[Array, ""]:
+def global_norm(gradients: Model) -> Float[Array, ""]:
     """The L2 norm over all gradients together."""
     # Upcast: squares are summed in at least float32.
     wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(gradients)]
@@ -117,7 +117,7 @@ def global_norm(gradients: Llama) -> Float[Array, ""]:
 
 
 def apply(
-    spec: OptimizerSpec, state: TrainState, gradients: Llama, learning_rate: Float[Array, ""]
+    spec: OptimizerSpec, state: TrainState, gradients: Model, learning_rate: Float[Array, ""]
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One update, and the norm of the gradients before clipping. Pure; run it under `jax.jit`."""
     norm = global_norm(gradients)

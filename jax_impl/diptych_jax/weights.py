@@ -1,16 +1,13 @@
-"""Hugging Face tensors into the model and out again: one table, checked to be a bijection.
-
-A slot is one parameter of the model and the tensor (or, stacked, the tensors of all layers) that it holds. Linear
-layers are [out, in] in a checkpoint and [in, out] here, with heads and head size as axes of their own, so a slot knows
-whether to transpose and which shape to give. Embedding, output projection and scalar head keep the checkpoint's layout.
+"""Checkpoint tensors into the model and out again, by the family's rules (`diptych.families.family`).
 
 The same functions carry whatever has the model's structure: weights, gradients, moments and averages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,126 +15,160 @@ import numpy as np
 
 from diptych.engine import Head, Tensors
 from diptych.errors import UserError
-from diptych.weights.llama import LlamaConfig, tensor_shapes
-from diptych_jax.model import DecoderLayer, Llama
+from diptych.families.adapter import SCORE
+from diptych.families.family import ModelConfig, TensorRule, model_slots, tensor_places, tensor_rules, tensor_shapes
+from diptych.families.recurrent import RecurrentConfig
+from diptych_jax import adapter as adapters
+from diptych_jax.adapter import Adapter
+from diptych_jax.model import Decoder
+from diptych_jax.recurrent import Recurrent
+
+Model = Decoder | Recurrent
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """One parameter. name: the Hugging Face name, `{layer}` in it where stacked. shape: of one tensor, in the model."""
-
-    attribute: str
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool = False
-    stacked: bool = False
-
-    def names(self, config: LlamaConfig) -> list[str]:
-        """The tensors that it holds, in the order in which they are stacked."""
-        return [self.name.format(layer=layer) for layer in range(config.num_layers)] if self.stacked else [self.name]
-
-    def into(self, tensor: np.ndarray) -> np.ndarray:
-        """One tensor from the checkpoint's layout to the model's."""
-        return (tensor.T if self.transposed else tensor).reshape(self.shape)
-
-    def out_of(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor from the model's layout to the checkpoint's `shape`; the inverse of `into`."""
-        return array.reshape(shape[::-1]).T if self.transposed else array.reshape(shape)
-
-
-def slots(config: LlamaConfig, head: Head) -> list[Slot]:
-    """The table. Together the slots hold exactly the tensors of `tensor_shapes(config, head)`."""
-    width, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, key_values = config.num_heads, config.num_kv_heads
-
-    def layer(attribute: str, name: str, *shape: int) -> Slot:
-        transposed = len(shape) > 1
-        return Slot(
-            attribute=attribute, name=f"model.layers.{{layer}}.{name}.weight", shape=shape, transposed=transposed,
-            stacked=True,
-        )  # fmt: skip
-
-    table = [
-        Slot(attribute="embedding_VD", name="model.embed_tokens.weight", shape=(config.vocab_size, width)),
-        layer("attention_norm_D", "input_layernorm", width),
-        layer("query_DNH", "self_attn.q_proj", width, queries, size),
-        layer("key_DKH", "self_attn.k_proj", width, key_values, size),
-        layer("value_DKH", "self_attn.v_proj", width, key_values, size),
-        layer("output_NHD", "self_attn.o_proj", queries, size, width),
-        layer("mlp_norm_D", "post_attention_layernorm", width),
-        layer("gate_DF", "mlp.gate_proj", width, inner),
-        layer("up_DF", "mlp.up_proj", width, inner),
-        layer("down_FD", "mlp.down_proj", inner, width),
-        Slot(attribute="norm_D", name="model.norm.weight", shape=(width,)),
-    ]
-    if head == "scalar":
-        table.append(Slot(attribute="score_1D", name="score.weight", shape=(1, width)))
-    elif not config.tie_word_embeddings:
-        table.append(Slot(attribute="head_VD", name="lm_head.weight", shape=(config.vocab_size, width)))
-    held = [name for slot in table for name in slot.names(config)]
-    assert sorted(held) == sorted(tensor_shapes(config, head)), "the slots do not hold the family's tensors one to one"
-    return table
-
-
-def check(config: LlamaConfig, head: Head, tensors: Mapping[str, np.ndarray], *, what: str) -> None:
-    """Raise UserError unless `tensors` are exactly the family's, each of its shape. `what` says which tensors."""
-    shapes = tensor_shapes(config, head)
-    missing = [name for name in shapes if name not in tensors]
-    left_over = [name for name in tensors if name not in shapes]
+def check(config: ModelConfig, head: Head, shapes: Mapping[str, tuple[int, ...]], *, what: str) -> None:
+    """Raise UserError unless these are exactly the family's tensors, each of its shape. `what` says which tensors."""
+    wanted = tensor_shapes(config, head)
+    missing = [name for name in wanted if name not in shapes]
+    left_over = [name for name in shapes if name not in wanted]
     if missing or left_over:
         found = [f"{kind} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for kind, names in
                  (("missing", missing), ("left over", left_over)) if names]  # fmt: skip
         raise UserError(f"{what} do not fit the model: {'; '.join(found)}: use the tensors of the same config.json")
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
+    for name, shape in wanted.items():
+        if tuple(shapes[name]) != shape:
             raise UserError(
-                f"{what}: {name} has shape {tuple(tensors[name].shape)}, the model needs {shape}: "
+                f"{what}: {name} has shape {tuple(shapes[name])}, the model needs {shape}: "
                 "use the tensors of the same config.json"
             )
 
 
+def build(config: ModelConfig, values: Mapping[str, Any], adapter: Adapter | None = None) -> Model:
+    """The model of `config` with these slots, of layers stacked on a leading axis."""
+    if isinstance(config, RecurrentConfig):
+        return Recurrent(config, values, adapter)
+    return Decoder(config, values, adapter)
+
+
+def with_adapter(model: Model, adapter: Adapter | None) -> Model:
+    """The same arrays below another adapter, or none."""
+    return build(model.config, model.arrays(), adapter)
+
+
 def pack(
-    config: LlamaConfig, head: Head, tensors: Mapping[str, np.ndarray], dtype: np.dtype, *, what: str = "weights"
-) -> Llama:
-    """The model that holds copies of `tensors`. Raises UserError for missing, left-over or misshapen ones."""
-    check(config, head, tensors, what=what)
-    top: dict[str, jax.Array] = {}
-    stacked: dict[str, jax.Array] = {}
-    for slot in slots(config, head):
-        parts = [slot.into(np.asarray(tensors[name])) for name in slot.names(config)]
-        value = np.stack(parts) if slot.stacked else parts[0]
-        # Always a copy: on a CPU JAX may otherwise alias NumPy's memory, and a later write there would change weights.
-        (stacked if slot.stacked else top)[slot.attribute] = jnp.array(value, dtype=dtype, copy=True)
-    return Llama(config=config, layers=DecoderLayer(**stacked, eps=config.rms_norm_eps), **top)
+    config: ModelConfig, head: Head, tensors: Mapping[str, np.ndarray], dtype: np.dtype, *, what: str = "weights"
+) -> Model:
+    """The model that holds copies of `tensors`. Raises UserError for missing, left-over or misshapen ones.
+
+    Tensors are asked for one at a time, so that a mapping which reads from a disk holds one; beside the model itself
+    the host holds one slot of all layers.
+    """
+    table = model_slots(config, head)
+    if missing := [name for name in tensor_shapes(config, head) if name not in tensors]:
+        check(config, head, dict.fromkeys(tensors.keys() - set(missing), ()), what=what)
+    values: dict[str, jax.Array] = {}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, ())
+    for rule in tensor_rules(config, head):
+        stacks: dict[str, np.ndarray] = {}
+        for at, layer in enumerate(rule.layers(config)):
+            parts = []
+            for name in rule.names(config, layer):
+                tensor = np.asarray(tensors[name])
+                shapes[name] = tensor.shape
+                if tensor.shape != rule.shape:
+                    check(config, head, tensor_shapes(config, head) | {name: tensor.shape}, what=what)
+                parts.append(rule.split(tensor, table))
+            for slot in rule.slots:
+                value = np.stack([part[slot] for part in parts]) if rule.per_expert else parts[0][slot]
+                if slot not in stacks:
+                    lead = (config.num_layers,) if rule.per_layer else (1,)
+                    stacks[slot] = _aligned(lead + value.shape, dtype)
+                stacks[slot][at] = value
+        for slot in list(stacks):
+            # Nobody else holds this memory, so on a CPU JAX may keep it instead of a copy.
+            values[slot] = jnp.asarray(stacks.pop(slot) if rule.per_layer else stacks.pop(slot)[0])
+    check(config, head, shapes, what=what)
+    return build(config, values)
 
 
-def arrays(model: Llama) -> Iterator[tuple[Slot, jax.Array]]:
-    """Every slot of the model with its array on the device."""
-    for slot in slots(model.config, model.head):
-        owner = model.layers if slot.stacked else model
-        yield slot, getattr(owner, slot.attribute)[...]
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that starts at a multiple of 64 bytes: what JAX on a CPU takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def unpack(model: Llama) -> Tensors:
-    """Copies of all tensors by Hugging Face name, in the checkpoint's layout. The inverse of `pack`."""
-    shapes = tensor_shapes(model.config, model.head)
+def unpack(model: Model, names: Sequence[str] | None = None) -> Tensors:
+    """Copies of all tensors (or of `names`) by checkpoint name, in the checkpoint's layout. The inverse of `pack`."""
+    config, head = model.config, model.head_kind
+    table, arrays = model_slots(config, head), model.arrays()
+    places = tensor_places(config, head)
     tensors: Tensors = {}
-    for slot, array in arrays(model):
-        host = np.asarray(array)
-        for index, name in enumerate(slot.names(model.config)):
-            part = host[index] if slot.stacked else host
-            # A copy: NumPy's view of a JAX array is its device memory, which the next donated update overwrites.
-            tensors[name] = np.array(slot.out_of(part, shapes[name]), order="C", copy=True)
-    return {name: tensors[name] for name in shapes}
+    for name in tensor_shapes(config, head) if names is None else names:
+        rule, layer, expert = places[name]
+        tensors[name] = rule.fuse({slot: _part(arrays[slot], rule, layer, expert) for slot in rule.slots}, table)
+    return tensors
 
 
-def decayed(model: Llama) -> Llama:
+def _part(array: jax.Array, rule: TensorRule, layer: int | None, expert: int) -> np.ndarray:
+    """One layer's and expert's share of a slot, as a copy: NumPy's view of a JAX array is its device memory, which the
+    next donated update overwrites."""
+    part = array if layer is None else array[layer]
+    return np.array(part[expert] if rule.per_expert else part, copy=True)
+
+
+def by_slot(function: Callable[[str, Any], Any], model: Model) -> Model:
+    """`function(name, leaf)` of every array of the model, by the name of its slot (an adapter: `a_0`, `b_0`, ...)."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path[-2].name, leaf), model)
+
+
+def decayed(model: Model) -> Model:
     """True where weight decay applies: tensors of two or more dimensions *in the checkpoint*, however stacked here."""
-    shapes = tensor_shapes(model.config, model.head)
-    dimensions = {slot.attribute: len(shapes[slot.names(model.config)[0]]) for slot in slots(model.config, model.head)}
+    table = model_slots(model.config, model.head_kind)
+    return by_slot(lambda name, _: len(table[name].canonical) >= 2 if name in table else True, model)
 
-    def is_decayed(path: tuple, _: jax.Array) -> bool:
-        attribute = next(key.name for key in path if getattr(key, "name", None) in dimensions)
-        return dimensions[attribute] >= 2
 
-    return jax.tree_util.tree_map_with_path(is_decayed, model)
+def split(model: Model) -> tuple[Model, Model]:
+    """(trained, frozen): the same structure twice, None in place of the other's arrays.
+
+    All is trained, unless the model has an adapter: then that, and a scalar head.
+    """
+    table = model_slots(model.config, model.head_kind)
+
+    def is_trained(name: str) -> bool:
+        return model.adapter is None or name not in table or name == "score"
+
+    trained = by_slot(lambda name, leaf: leaf if is_trained(name) else None, model)
+    return trained, by_slot(lambda name, leaf: None if is_trained(name) else leaf, model)
+
+
+def join(trained: Model, frozen: Model) -> Model:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def pack_trained(like: Model, tensors: Mapping[str, np.ndarray], dtype: np.dtype, *, what: str) -> Model:
+    """Tensors of the trained part, in the structure of `like` (`split`): checkpoint names, or PEFT's."""
+    if like.adapter is None:
+        return pack(like.config, like.head_kind, tensors, dtype, what=what)
+    parts = dict(tensors)
+    score = parts.pop(SCORE, None)
+    if (score is None) != (like.head_kind == "lm"):
+        raise UserError(f"{what}: {SCORE} is {'missing' if score is None else 'left over'}")
+    held = adapters.pack(like.config, like.adapter.spec, parts, dtype, what=what)
+    values = {name: leaf for name, leaf in vars(held).items() if name[:2] in ("a_", "b_")}
+    values = {name: parameter[...] for name, parameter in values.items()}
+    if score is not None:
+        values["score"] = jnp.array(score, dtype=dtype, copy=True)
+    return by_slot(lambda name, _: values[name], like)
+
+
+def unpack_trained(trained: Model) -> Tensors:
+    """Copies of the trained part's tensors. The inverse of `pack_trained`."""
+    if trained.adapter is None:
+        return unpack(trained)
+    tensors = adapters.unpack(trained.adapter)
+    if trained.head_kind == "scalar":
+        tensors[SCORE] = np.array(trained["score"], copy=True)
+    return tensors

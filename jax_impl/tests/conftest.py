@@ -16,7 +16,7 @@ import pytest
 
 from diptych.algorithms.losses import sft_loss
 from diptych.engine import EngineSettings, Loss, ModelSpec, OptimizerSpec, TokenBatch, TrainBatch
-from diptych.weights.llama import parse_config, tensor_shapes
+from diptych.families.family import read_model, tensor_shapes
 
 VOCAB = 64
 SFT = Loss(function=sft_loss, reads="logprobs")
@@ -38,7 +38,7 @@ def _weights(config: dict[str, Any], head: str, seed: int = 0) -> dict[str, np.n
     draws = np.random.default_rng(seed)
     return {
         name: (draws.normal(0, 0.15, shape) if len(shape) > 1 else 1 + draws.normal(0, 0.3, shape)).astype(np.float32)
-        for name, shape in tensor_shapes(parse_config(config), head).items()  # type: ignore[arg-type]
+        for name, shape in tensor_shapes(read_model(config), head).items()  # type: ignore[arg-type]
     }
 
 
@@ -97,11 +97,14 @@ def _sft_batch(num_rows: int = 4, length: int = 12, *, seed: int = 0) -> TrainBa
 
 
 @pytest.fixture(autouse=True)
-def x64_as_it_was() -> Iterator[None]:
-    """A float64 engine switches x64 on for the process; the next test starts without it."""
-    before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+def switches_as_they_were() -> Iterator[None]:
+    """A float64 engine switches x64 on for the process; the next test starts without it. These tests compile without
+    XLA's expensive passes, in half the time; the parity tests and the demo compile as users do."""
+    before = {name: jax.config.read(name) for name in ("jax_enable_x64", "jax_disable_most_optimizations")}
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_enable_x64", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from diptych.engine import Loss, TokenBatch, TrainBatch
-from diptych.weights.llama import inverse_frequencies, parse_config
+from diptych.families.family import read_model
+from diptych.families.rope import frequencies
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -27,10 +28,10 @@ TEMPERATURE = 0.7
 
 def _oracle(config, weights, batch, *, temperature, head="lm", bug=None):
     """A Llama in NumPy float64, one row at a time without padding. `bug` seeds an error."""
-    cfg = parse_config(config)
+    cfg = read_model(config)
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     heads, kv_heads, size = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    eps = cfg.rms_norm_eps * (10 if bug == "eps" else 1)
+    eps = cfg.norm.eps * (10 if bug == "eps" else 1)
 
     def norm(x, gain):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain
@@ -52,7 +53,7 @@ def _oracle(config, weights, batch, *, temperature, head="lm", bug=None):
         tokens, positions = batch.tokens[row][real], batch.positions[row][real].astype(np.float64)
         if bug == "positions":
             positions = positions + (positions > 3)
-        angles = positions[:, None] * inverse_frequencies(cfg).astype(np.float64)
+        angles = positions[:, None] * frequencies(cfg.ropes[0])[0].astype(np.float64)
         x = w["model.embed_tokens.weight"][tokens]
         for layer in range(cfg.num_layers):
             p = f"model.layers.{layer}."

@@ -13,7 +13,7 @@ from diptych.algorithms.losses import ppo_policy_loss, sft_loss
 from diptych.algorithms.optimizers import ema_step, initial_state, optimizer_step
 from diptych.engine import Loss, OptimizerState, TrainBatch
 from diptych.errors import UserError
-from diptych.weights.llama import parse_config
+from diptych.families.family import read_model
 from diptych_jax import optimizer, weights
 
 
@@ -31,7 +31,7 @@ def test_fifty_steps_equal_the_numpy_oracle(precision, name, tiny_config, hot_we
     """The same gradients on both sides: this is the optimizer's test, not the model's."""
     spec, config = request.getfixturevalue(name), tiny_config()
     with jax.enable_x64(precision == "float64"):
-        parsed, dtype = parse_config(config), np.dtype(precision)
+        parsed, dtype = read_model(config), np.dtype(precision)
         given = hot_weights(config, "lm")
         state = optimizer.create(spec, weights.pack(parsed, "lm", given, dtype))
         step = jax.jit(lambda state, gradients, rate: optimizer.apply(spec, state, gradients, rate))

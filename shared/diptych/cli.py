@@ -1,4 +1,4 @@
-"""The command line: `diptych run | generate | recipe | compare | report`.
+"""The command line: `diptych run | generate | eval | export | weights | recipe | compare | report`.
 
 Exit codes: 0 done; 2 something that the user can mend (one line says what, where and what to do); 3 a run-time
 invariant broke; 130 interrupted.
@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--precision", choices=["float32", "float64"], default="float32")
     generate.set_defaults(command=_generate)
 
+    _add_model_commands(commands)
+
     recipe = commands.add_parser("recipe", help="look at recipes")
     actions = recipe.add_subparsers(required=True, metavar="ACTION")
     show = actions.add_parser(
@@ -122,6 +124,91 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, help="a run directory")
     report.set_defaults(command=_report)
     return parser
+
+
+def _add_model_commands(commands: argparse._SubParsersAction) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    evaluate = commands.add_parser(
+        "eval",
+        help="a model's numbers on a file: loss, perplexity, accuracy; of a reward model pair accuracy, calibration",
+        epilog="examples:\n"
+        "  diptych eval out/jax/models/sft --data test.jsonl --engine jax --device cpu --json\n"
+        "  diptych eval out/jax/models/reward --data pairs.jsonl --engine torch\n"
+        "data: JSONL with demonstrations (response tokens count), `text` rows or preference pairs; .txt; task:NAME",
+        formatter_class=raw,
+    )
+    evaluate.add_argument("model", type=Path, help="a Hugging Face model directory")
+    evaluate.add_argument("--data", required=True, help="JSONL, .txt, or task:NAME with --limit")
+    evaluate.add_argument("--engine", required=True, choices=list(ENGINES))
+    evaluate.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: use no accelerator")
+    evaluate.add_argument("--precision", choices=["float32", "float64"], default="float32")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="rows (or pairs) at once; changes no number")
+    evaluate.add_argument("--limit", type=int, help="only the first rows of the file")
+    evaluate.add_argument(
+        "--max-tokens", type=int, help="longest row, or window of text (default: 2048, or the model's positions)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(command=_eval)
+
+    export = commands.add_parser(
+        "export",
+        help="a model through an engine into a new Hugging Face directory",
+        epilog="example:\n  diptych export out/jax/models/rl postcards-1b --engine jax --dtype bfloat16",
+        formatter_class=raw,
+    )
+    export.add_argument("model", type=Path, help="a Hugging Face model directory")
+    export.add_argument("output", type=Path, help="a new directory")
+    export.add_argument("--engine", required=True, choices=list(ENGINES))
+    export.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto: as each tensor is stored, bit for bit; anything less rounds",
+    )
+    export.add_argument("--max-shard-size", default="5GB", help="largest file (default: 5GB)")
+    export.set_defaults(command=_export)
+
+    weights = commands.add_parser("weights", help="look at a model directory's tensors")
+    check = weights.add_subparsers(required=True, metavar="ACTION").add_parser(
+        "check", help="print where every tensor goes, checksums, and what would not load (exit code 2)"
+    )
+    check.add_argument("model", type=Path, help="a Hugging Face model directory")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(command=_weights_check)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from diptych.evaluate import describe, evaluate
+
+    result = evaluate(
+        options.model,
+        options.data,
+        engine=options.engine,
+        device=options.device,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        max_tokens=options.max_tokens,
+    )
+    print(json.dumps(result, indent=2) if options.json else describe(result))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from diptych.weights.export import export, parse_size
+
+    size = parse_size(options.max_shard_size)
+    export(options.model, options.output, engine=options.engine, dtype=options.dtype, max_shard_bytes=size)
+    print(options.output)
+    return 0
+
+
+def _weights_check(options: argparse.Namespace) -> int:
+    from diptych.weights.inspection import check_weights, describe
+
+    report = check_weights(options.model)
+    print(json.dumps(report, indent=2) if options.json else describe(report))
+    return 2 if report["problems"] else 0
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -164,7 +251,7 @@ def _generate(options: argparse.Namespace) -> int:
     if checkpoint.head != "lm":
         raise UserError(f"{options.model}: a model with a scalar head (reward or critic) does not generate text")
     tokenizer = Tokenizer.load(options.model)
-    check_vocabulary(tokenizer, checkpoint.shape.vocab_size, where=str(options.model))
+    check_vocabulary(tokenizer, checkpoint.model.vocab_size, where=str(options.model))
     chat = tokenizer.chat_template is not None and not options.plain
     if chat:
         text = tokenizer.render([{"role": "user", "content": options.prompt}], add_generation_prompt=True)
@@ -173,7 +260,7 @@ def _generate(options: argparse.Namespace) -> int:
         prompt = tokenizer.encode(options.prompt, add_special_tokens=True)
     if not prompt:
         raise UserError("--prompt: no tokens; give some text")
-    limit = checkpoint.shape.max_position_embeddings
+    limit = checkpoint.model.max_position_embeddings
     if len(prompt) + options.max_new_tokens > limit:
         raise UserError(
             f"--max-new-tokens {options.max_new_tokens}: with a prompt of {len(prompt)} tokens the text would pass the "

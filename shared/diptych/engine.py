@@ -25,6 +25,7 @@ Tensors = dict[str, np.ndarray]  # Hugging Face tensor name -> value
 Metrics = dict[str, float]
 Precision = Literal["float32", "float64"]
 Head = Literal["lm", "scalar"]
+Remat = Literal["full", "dots", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class Loss:
     options: tuple[tuple[str, float | str | bool], ...] = ()
     temperature: float = 1.0
     entropy: bool = False
+    balance: float = 0.0
 
     def __call__(self, outputs: Array, **inputs: Array) -> tuple[Array, dict[str, Array]]:
         return self.function(outputs, **inputs, **dict(self.options))
@@ -162,13 +164,31 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """Low-rank adapters (Hu et al. 2022): W + alpha / rank B A on the linear layers that `targets` name.
+
+    targets: ends of module names (`q_proj`, `mlp.up_proj`), or `all-linear` for every linear layer of the trunk. Each
+    must match something. There is no dropout.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A model to be built on an accelerator.
 
     config: the contents of a Hugging Face config.json. weights: every tensor of the model under its Hugging Face name,
     the scalar head `score.weight` [1, hidden] included where head="scalar" (checked by `diptych.weights`). optimizer:
     None for a frozen model. micro_batch_size: rows that go through the model at once, in updates and in scoring.
-    logprob_chunk: tokens whose vocabulary-wide logits exist at once.
+    logprob_chunk: tokens whose vocabulary-wide logits exist at once. adapter: then only the adapter and a scalar head
+    are trained, and adapter_weights holds A and B under PEFT's names (`diptych.families.adapter`).
     """
 
     config: Mapping[str, Any]
@@ -177,6 +197,8 @@ class ModelSpec:
     optimizer: OptimizerSpec | None
     micro_batch_size: int
     logprob_chunk: int = 1024
+    adapter: AdapterSpec | None = None
+    adapter_weights: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +215,17 @@ class OptimizerState:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What an engine needs to know before its first model. `zero_stage` is read by the torch engine only."""
+    """What an engine needs to know before its first model.
+
+    zero_stage: read by the torch engine only. device: "cpu" keeps the engine off every accelerator; "auto" takes the
+    best that is there. remat: read by the JAX engine only: which activations the backward pass makes again: all
+    ("full"), all but the results of matrix products ("dots"), or none.
+    """
 
     precision: Precision
     zero_stage: int = 0
+    device: Literal["auto", "cpu"] = "auto"
+    remat: Remat = "full"
 
 
 @runtime_checkable
@@ -205,12 +234,22 @@ class Model(Protocol):
 
     spec: ModelSpec
 
-    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Float[np.ndarray, "batch time"]:
-        """Log-probability of each token given those before it, of logits / temperature; 0 before `batch.first`."""
+    def logprobs(
+        self, batch: TokenBatch, *, temperature: float, adapter: bool = True
+    ) -> Float[np.ndarray, "batch time"]:
+        """Log-probability of each token given those before it, of logits / temperature; 0 before `batch.first`.
+
+        adapter False: of the model below its adapter (the reference of a policy that trains one)."""
         ...
 
     def scores(self, batch: TokenBatch) -> Float[np.ndarray, "batch time"]:
         """The scalar head at each token."""
+        ...
+
+    def greedy_matches(self, batch: TokenBatch) -> Bool[np.ndarray, "batch time"]:
+        """True where a token is the most likely one given those before it (the first of several with the largest
+        logit); False where `logprobs` is 0 by definition: before `batch.first`, on padding and on a row's first token.
+        Language models only."""
         ...
 
     def update(self, loss: Loss, batch: TrainBatch, *, learning_rate: float) -> Metrics:
@@ -232,12 +271,21 @@ class Model(Protocol):
         """Sample completions by inverse CDF on the given uniforms (ignored when greedy)."""
         ...
 
-    def weights(self) -> Tensors:
-        """Copies of all tensors by Hugging Face name."""
+    def weights(self, names: Sequence[str] | None = None) -> Tensors:
+        """Copies of the tensors with these Hugging Face names, in this order (None: of all); what is not asked for is
+        not brought to the host."""
         ...
 
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
         """Replace all weights (same names and shapes); the optimizer state stays."""
+        ...
+
+    def adapter_weights(self) -> Tensors:
+        """Copies of the adapter's A and B, and of a scalar head trained beside it, by PEFT's names."""
+        ...
+
+    def load_adapter(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Replace them; the model below, the optimizer state and the average stay."""
         ...
 
     def ema_weights(self) -> Tensors:

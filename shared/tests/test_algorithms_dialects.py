@@ -78,6 +78,7 @@ def losses(data, dialect, *, clip=None, denominator=None):
     )
     value, _ = ppo_value_loss(
         new_values,
+        columns=np.broadcast_to(np.arange(new_values.shape[1]), new_values.shape),
         old_values=exp.values,
         returns=exp.returns,
         mask=exp.value_mask,
@@ -262,6 +263,7 @@ def test_dschat_losses(name):
     )
     value, _ = ppo_value_loss(
         tensor("new_values"),
+        columns=torch.arange(exp.rewards.shape[1]).expand(exp.rewards.shape),
         old_values=torch.from_numpy(exp.values),
         returns=torch.from_numpy(exp.returns),
         mask=torch.from_numpy(exp.value_mask),

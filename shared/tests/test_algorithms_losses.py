@@ -49,10 +49,14 @@ def make_case(name, dtype=np.float64, rows=6, time=9):
         arrays = {"entropy": abs(normal()), "old_logprobs": old, "advantages": normal(), "mask": mask.astype(dtype)}
         return losses.ppo_policy_loss, logprobs, arrays, {"clip_range": 0.2}, "num_tokens"
     if name == "value":
-        old = normal()
-        arrays = {"old_values": old, "returns": old + normal(), "mask": mask}
+        # The critic reads longer rows than the policy; states share columns (gradients add up), and some have none.
+        columns = np.sort(rng.integers(0, 6, (rows, time)), axis=1)
+        scores = np.concatenate([normal(), normal()], axis=1)
+        at = np.take_along_axis(scores, columns, axis=1)
+        old = at + normal(0.3)
+        arrays = {"columns": columns, "old_values": old, "returns": old + normal(), "mask": mask}
         options = {"value_clip_range": 0.2, "value_coef": 0.1}
-        return losses.ppo_value_loss, old + normal(0.3), arrays, options, "num_tokens"
+        return losses.ppo_value_loss, scores, arrays, options, "num_tokens"
     end = np.zeros((rows, time), dtype)
     end[np.arange(rows), rng.integers(4, time, rows)] = 1
     scores = normal(2.0)
@@ -98,10 +102,10 @@ def policy_oracle(x, *, entropy, old_logprobs, advantages, mask, clip_range, num
     return out["loss/policy_avg"], out
 
 
-def value_oracle(x, *, old_values, returns, mask, value_clip_range, value_coef, num_tokens):
+def value_oracle(x, *, columns, old_values, returns, mask, value_clip_range, value_coef, num_tokens):
     loss = clipped = 0.0
     for b, t in slots(mask):
-        v, old, target = x[b][t], old_values[b][t], returns[b][t]
+        v, old, target = x[b][int(columns[b][t])], old_values[b][t], returns[b][t]
         limited = min(max(v, old - value_clip_range), old + value_clip_range)
         loss += 0.5 * max((v - target) ** 2, (limited - target) ** 2) / num_tokens
         clipped += ((limited - target) ** 2 > (v - target) ** 2) / num_tokens
@@ -249,6 +253,14 @@ def no_value_clip(scores, *, value_clip_range, **arrays):
     return losses.ppo_value_loss(scores, value_clip_range=1e9, **arrays)
 
 
+def column_off_by_one(scores, *, columns, **arrays):
+    return losses.ppo_value_loss(scores, columns=columns + 1, **arrays)
+
+
+def own_columns(scores, *, columns, **arrays):
+    return losses.ppo_value_loss(scores, columns=columns * 0 + np.arange(columns.shape[1]), **arrays)
+
+
 def swapped_pairs(scores, *, end_mask, **scalars):
     order = [1, 0, 3, 2, 5, 4]
     return losses.pairwise_reward_loss(scores[order], end_mask=end_mask[order], **scalars)
@@ -268,6 +280,8 @@ CANARIES = {
     "policy: clip 0.3 for 0.2": ("policy", None, {"clip_range": 0.3}),
     "value: clip 0.3 for 0.2": ("value", None, {"value_clip_range": 0.3}),
     "value: no clip": ("value", no_value_clip, {}),
+    "value: column off by one": ("value", column_off_by_one, {}),
+    "value: the policy's columns for the critic's": ("value", own_columns, {}),
     "value: coefficient forgotten": ("value", None, {"value_coef": 1.0}),
     "pairwise: chosen and rejected swapped": ("pairwise", swapped_pairs, {}),
     "pairwise: score slot shifted": ("pairwise", shifted_end, {}),
@@ -314,7 +328,12 @@ def test_canary_the_frameworks_own_clips_differ_at_an_edge():
 def test_gradient_at_an_edge_of_the_losses_themselves():
     """Ratio exactly 1 with clip_range 0 (both edges at once), value exactly at its clip, and a tie of a pair."""
     arrays = {"entropy": ONE, "old_logprobs": -ONE, "advantages": ONE * [[1, -1, 2, -2]], "mask": ONE}
-    value_arrays = {"old_values": 0 * ONE, "returns": ONE * [[1, -1, 2, -2]], "mask": ONE}
+    value_arrays = {
+        "columns": np.arange(4)[None],
+        "old_values": 0 * ONE,
+        "returns": ONE * [[1, -1, 2, -2]],
+        "mask": ONE,
+    }
     ends = np.array([[0, 0, 0, 1.0], [0, 0, 1.0, 0]])
     for framework in ("jax", "torch"):
         *_, gradient = evaluate(framework, losses.ppo_policy_loss, -ONE, arrays, {"clip_range": 0.0, "num_tokens": 4.0})
@@ -333,7 +352,7 @@ def test_fully_masked_micro_batch_is_zero_even_over_garbage(name, framework):
     function, outputs, arrays, options, count = make_case(name)
     outputs = np.full_like(outputs, np.nan)
     arrays = {
-        key: np.zeros_like(value) if key.endswith("mask") else np.full_like(value, np.nan)
+        key: np.zeros_like(value) if key.endswith(("mask", "columns")) else np.full_like(value, np.nan)
         for key, value in arrays.items()
     }
     loss, metrics, gradient = evaluate(framework, function, outputs, arrays, {**options, count: 5.0})
@@ -432,9 +451,11 @@ def test_padding_changes_nothing(name, pairs, left, right, garbage):
     scalars = {**options, count: denominator(name, arrays)}
     widths = ((0, 2 * pairs), (left, right))
     padded = {
-        key: np.pad(value, widths, constant_values=0 if key.endswith("mask") else garbage)
+        key: np.pad(value, widths, constant_values=0 if key.endswith(("mask", "columns")) else garbage)
         for key, value in arrays.items()
     }
+    if "columns" in padded:
+        padded["columns"] += left  # the critic's rows moved, too
     wide = np.pad(outputs, widths, constant_values=-garbage)
     loss, metrics = function(outputs, **arrays, **scalars)
     padded_loss, padded_metrics = function(wide, **padded, **scalars)

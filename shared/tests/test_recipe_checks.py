@@ -47,6 +47,18 @@ def changed(**values):
     return recipe
 
 
+RNN = NewModel(family="rnn", hidden_size=8, num_hidden_layers=1, max_position_embeddings=512, vocab_size=512)
+GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 512}
+
+
+def new(model=RNN, **fields):
+    return {"model__new": dataclasses.replace(model, **fields)}
+
+
+def configured(**fields):
+    return {"model__new": NewModel(vocab_size=512, config=GPT2 | fields)}
+
+
 # changes -> the key named first, a piece of the message
 BROKEN = {
     "empty name": ({"name": " "}, "name", "is empty"),
@@ -78,6 +90,33 @@ BROKEN = {
         {"rollout__max_new_tokens": 300},
         "model.new.max_position_embeddings",
         "rollout.max_new_tokens = 300",
+    ),
+    "llama without a field": ({"model__new__intermediate_size": None}, "model.new.intermediate_size", "is not set"),
+    "llama with a nonlinearity": ({"model__new__nonlinearity": "relu"}, "model.new.nonlinearity", "in a llama model"),
+    "rnn without a field": (new(num_hidden_layers=None), "model.new.num_hidden_layers", "a new rnn model needs"),
+    "rnn with heads": (new(num_attention_heads=2), "model.new.num_attention_heads", "no effect in a rnn model"),
+    "rnn with an MLP": (new(intermediate_size=2), "model.new.intermediate_size", "no effect in a rnn model"),
+    "rnn with a base": (new(rope_theta=5.0), "model.new.rope_theta", "no effect in a rnn model"),
+    "rnn, short": (new(max_position_embeddings=511), "model.new.max_position_embeddings", "512 tokens"),
+    "config and fields": (
+        {"model__new": NewModel(vocab_size=512, config=GPT2, hidden_size=8)},
+        "model.new.hidden_size",
+        "no effect beside 'model.new.config'",
+    ),
+    "config and a family": (
+        {"model__new": NewModel(vocab_size=512, config=GPT2, family="rnn")},
+        "model.new.family",
+        "no effect beside",
+    ),
+    "config of no family": (configured(model_type="elephant"), "model.new.config", "supported families: llama"),
+    "config with a field that nobody knows": (configured(n_trunks=2), "model.new.config", "n_trunks: not understood"),
+    "config with a vocabulary": (configured(vocab_size=9), "model.new.config", "holds vocab_size"),
+    "config with an id": (configured(eos_token_id=9), "model.new.config", "holds eos_token_id"),
+    "config, short": (configured(n_positions=511), "model.new.config", "512 tokens"),
+    "too_long without tokens": (
+        {"rl__reward__function": "a:b", "rl__reward__too_long": "truncate"},
+        "rl.reward.too_long",
+        "no effect with 'rl.reward.function'",
     ),
     "top_k beyond vocabulary": ({"rollout__top_k": 513}, "rollout.top_k", "512"),
     "no demonstrations": ({"data__demonstrations__path": None}, "data.demonstrations.path", "is not set"),
@@ -181,6 +220,8 @@ ALLOWED = {
         "rl__mini_batches": 3,
         "rl__micro_batch_size": 4,
     },
+    "a new rnn": new(nonlinearity="relu", tie_word_embeddings=False),
+    "a new model of any family": configured(),
     "greedy without rl": {"rollout__temperature": 0.0, "stages": ("sft",)},
     "function without reward stage": {"stages": ("sft", "rl"), "rl__reward__function": "a.py:b"},
     "reward model from outside": {"stages": ("sft", "rl"), "rl__reward__model_path": "x"},
@@ -210,7 +251,7 @@ OUT_OF_RANGE = {
     "sft.optimizer.betas": (0.9, 1.0), "sft.optimizer.eps": 0.0, "sft.optimizer.max_grad_norm": 0.0,
     "rl.optimizer.weight_decay": -1.0, "rl.optimizer.warmup_steps": -1, "checkpoint.keep": 0, "checkpoint.every": -1,
     "sft.eval_every": 0, "rl.mini_batches": 0, "rl.micro_batch_size": 0, "model.new.num_key_value_heads": 0,
-    "rl.eval_prompts": 0, "rl.max_kl": 0.0, "rl.missing_eos_penalty": -1.0, "seed": -1,
+    "model.balance_coef": -0.1, "rl.eval_prompts": 0, "rl.max_kl": 0.0, "rl.missing_eos_penalty": -1.0, "seed": -1,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from diptych.recipe.json_schema import field_docs, recipe_json_schema
 from diptych.recipe.load import hints, recipe_to_dict, without_none
 from diptych.recipe.schema import Recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
 
 def validate(value, schema, root, path=""):

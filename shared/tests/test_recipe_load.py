@@ -3,6 +3,7 @@
 import dataclasses
 import string
 import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from diptych.errors import UserError
 from diptych.recipe.document import read_scalar
 from diptych.recipe.load import dump_recipe, flatten, hints, load_recipe, parse_recipe, recipe_to_dict, without_none
+from diptych.recipe.new_model import new_model
 from diptych.recipe.schema import Recipe, RolloutRecipe
 
 # Line numbers matter: `name` is on line 1, `sft` on 2, `learning_rate` on 3, `model` on 10.
@@ -134,10 +136,27 @@ WHOLE_FILE_ERRORS = {
     "a list": ("\n- a\n", "r.yaml:2: expected a mapping of settings (key: value), got a list"),
     "a word": ("quickstart", "r.yaml:1: expected a mapping of settings (key: value), got 'quickstart'"),
     "no name": ("seed: 1", "r.yaml: missing required key 'name'"),
-    "half a model": (
-        f"name: x\n\nmodel:\n  new: {NEW}",
-        "r.yaml:4: missing required keys 'model.new.num_key_value_heads', 'model.new.max_position_embeddings', "
-        "'model.new.vocab_size'",
+    "half a model": (f"name: x\n\nmodel:\n  new: {NEW}", "r.yaml:4: missing required key 'model.new.vocab_size'"),
+    "half a llama": (
+        f"name: x\n\nmodel:\n  new:\n    {NEW[1:-1]}\n    vocab_size: 300".replace(", ", "\n    "),
+        "r.yaml:4: 'model.new.num_key_value_heads': is not set, and a new llama model needs num_key_value_heads, "
+        "max_position_embeddings",
+    ),
+    "half an rnn": (
+        "name: x\n\nmodel:\n  new: {family: rnn, vocab_size: 300, hidden_size: 8}",
+        "r.yaml:4: 'model.new.num_hidden_layers': is not set, and a new rnn model needs num_hidden_layers, max_pos",
+    ),
+    "a config.json that is none": (
+        "name: x\n\nmodel:\n  new:\n    vocab_size: 300\n    config: {model_type: gpt2, n_embd: 8, n_head: 2}",
+        "r.yaml:6: 'model.new.config': missing n_layer",
+    ),
+    "a value that JSON has not": (
+        "name: x\n\nmodel:\n  new:\n    vocab_size: 300\n    config: {model_type: gpt2,\n      x: [.nan]}",
+        "r.yaml:7: 'model.new.config.x[0]': expected a finite number, got nan",
+    ),
+    "a config that is a text": (
+        "name: x\n\nmodel:\n  new: {vocab_size: 300, config: gpt2}",
+        "r.yaml:4: 'model.new.config': expected a mapping, got 'gpt2'",
     ),
     "nested a thousand deep": ("name: " + "[" * 5000 + "]" * 5000, "r.yaml: not a recipe: nested too deeply"),
 }
@@ -187,7 +206,7 @@ OVERRIDE_ERRORS = {
     "unknown in a mapping": ("rollout={topk: 1}", "unknown key 'rollout.topk'; did you mean 'rollout.top_k'?"),
     "half a model": (
         "model.new.hidden_size=64",
-        "override 'model.new.hidden_size=64': missing required keys 'model.new.intermediate",
+        "override 'model.new.hidden_size=64': missing required key 'model.new.vocab_size'",
     ),
     "braces as text": (
         "data.prompt_template={prompt}",
@@ -249,6 +268,35 @@ def test_overrides_create_and_remove_an_optional_group(write):
     assert removed.model.new is None
 
 
+def test_a_config_is_free_form_and_overrides_reach_into_it(write):
+    config = "{model_type: gpt2, n_embd: 8, n_head: 2, n_layer: 1, n_positions: 1024}"
+    text = "name: x\nstages: [sft]\ndata: {demonstrations: {path: d}}\nmodel: {new: {vocab_size: 300, config: "
+    text += config + "}}"
+    recipe = load_recipe(write(text), ["model.new.config.n_layer=3", "model.new.config.n_inner=32"])
+    assert recipe.model.new is not None
+    assert recipe.model.new.config == {
+        "model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 3, "n_positions": 1024, "n_inner": 32,
+    }  # fmt: skip
+    assert parse_recipe(write(dump_recipe(recipe))) == recipe
+    with pytest.raises(
+        UserError, match="^override 'model.new.config.n_head=1.5': 'model.new.config': n_head = 1.5 must"
+    ):
+        load_recipe(write(text), ["model.new.config.n_head=1.5"])
+
+
+FAMILIES = sorted((Path(__file__).parents[2] / "recipes" / "families").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
+def test_a_familys_recipe_trains_that_family_for_twenty_steps(path):
+    recipe = load_recipe(path)
+    assert recipe.model.new is not None
+    assert new_model(recipe.model.new).family == recipe.name == path.stem
+    assert (recipe.stages, recipe.sft.max_steps) == (("sft",), 20)
+    held_out = 0.8 * recipe.data.demonstrations.limit  # at least so many are left to train on
+    assert recipe.sft.epochs * held_out >= 20 * recipe.sft.batch_size
+
+
 def test_aliases_work_and_a_rule_names_the_line_of_its_key(write):
     recipe = load_recipe(write(GOOD + "rollout: {max_new_tokens: &n 32, top_k: *n}\n"))
     assert recipe.rollout.top_k == 32
@@ -293,6 +341,12 @@ def strategy(annotation):
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)
     if origin is typing.Literal:
         return st.sampled_from(arguments)
+    if origin is dict:
+        leaves = st.none() | strategy(bool) | strategy(int) | strategy(float) | strategy(str)
+        values = st.recursive(
+            leaves, lambda inside: st.lists(inside, max_size=3) | st.dictionaries(strategy(str), inside, max_size=3)
+        )
+        return st.dictionaries(strategy(str), values, max_size=3)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
             return st.lists(strategy(arguments[0]), max_size=4).map(tuple)
@@ -340,7 +394,7 @@ def test_the_round_trip_would_see_a_lost_quote(tmp_path):
 
 def test_dict_and_flat_forms_have_every_field():
     plain = recipe_to_dict(Recipe(name="x"))
-    assert plain["rl"]["reward"] == {"model_path": None, "function": None}
+    assert plain["rl"]["reward"] == {"model_path": None, "function": None, "too_long": "error"}
     flat = flatten(Recipe(name="x"))
     assert flat["sft.optimizer.betas"] == [0.9, 0.95]
     assert flat["model.new"] is None

@@ -1,7 +1,8 @@
-"""Model directories: round trips, checks against config.json, initial weights, rotary frequencies."""
+"""Model directories: round trips, laziness, checks against config.json, initial weights, rotary frequencies."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diptych.errors import UserError
+from diptych.families.family import read_model, tensor_shapes
+from diptych.families.rope import frequencies
+from diptych.weights import files
+from diptych.weights.contents import read_contents
+from diptych.weights.files import plan_shards, stored_tensors, write_tensors
 from diptych.weights.huggingface import (
     initial_checkpoint,
     read_checkpoint,
     with_scalar_head,
     write_checkpoint,
 )
-from diptych.weights.llama import inverse_frequencies, parse_config, tensor_shapes
 
 CONFIG = {
     "model_type": "llama",
@@ -65,7 +70,8 @@ def test_round_trip_is_exact_and_complete(saved, tokenizer_directory, tmp_path):
 
 def test_float64_weights_keep_their_bits(saved, tmp_path):
     wide = read_checkpoint(saved, precision="float64")
-    wide.weights["model.norm.weight"] += 1e-12
+    changed = wide.weights["model.norm.weight"] + 1e-12
+    wide = replace(wide, weights=dict(wide.weights) | {"model.norm.weight": changed})
     write_checkpoint(tmp_path / "wide", wide, tokenizer_directory=saved)
     again = read_checkpoint(tmp_path / "wide", precision="float64")
     assert np.array_equal(again.weights["model.norm.weight"], wide.weights["model.norm.weight"])
@@ -135,16 +141,17 @@ def test_tensors_that_do_not_fit_are_errors(saved, change, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "gpt2", "supported families: llama"),
-        ("hidden_act", "gelu", "hidden_act = 'gelu' is not supported"),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "RoPE type 'yarn' is not supported"),
+        ("model_type", "bert", "supported families: llama"),
+        ("hidden_act", "mish", "hidden_act = 'mish' is not supported"),
+        ("new_trick", 3, "new_trick: not understood"),
+        ("rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}, "RoPE type 'spiral' is not supported"),
         ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}, r"missing \['factor'\]"),
         ("num_key_value_heads", 3, "not a multiple of num_key_value_heads = 3"),
     ],
 )
 def test_configs_that_we_do_not_compute_are_errors(field, value, message):
     with pytest.raises(UserError, match=message):
-        parse_config(CONFIG | {field: value})
+        read_model(CONFIG | {field: value})
 
 
 def test_broken_directories(tmp_path, saved):
@@ -161,16 +168,167 @@ def test_broken_directories(tmp_path, saved):
 def test_a_failed_write_leaves_the_old_model(saved):
     before = (saved / "model.safetensors").read_bytes()
     broken = initial_checkpoint(CONFIG, seed=4)
-    broken.weights.pop("model.norm.weight")
+    lacking = {name: value for name, value in broken.weights.items() if name != "model.norm.weight"}
     with pytest.raises(UserError, match="missing model.norm.weight"):
-        write_checkpoint(saved, broken, tokenizer_directory=saved)
+        write_checkpoint(saved, replace(broken, weights=lacking), tokenizer_directory=saved)
     assert (saved / "model.safetensors").read_bytes() == before
+
+
+def test_a_write_that_dies_halfway_leaves_the_old_model(saved, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    checkpoint = initial_checkpoint(CONFIG, seed=4)
+    written = []
+
+    def dying(path, entries, fetch):
+        if written:
+            raise OSError("no space left on device")
+        written.append(path)
+        write_tensors(path, entries, fetch)
+
+    monkeypatch.setattr("diptych.weights.huggingface.write_tensors", dying)
+    with pytest.raises(OSError, match="no space left"):
+        write_checkpoint(saved, checkpoint, tokenizer_directory=saved, max_shard_bytes=5000)
+    assert written  # a shard was there already
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert not list(tmp_path.glob("*.partial"))
+    monkeypatch.undo()
+    write_checkpoint(saved, checkpoint, tokenizer_directory=saved, max_shard_bytes=5000)  # canary: it can be replaced
+    assert not (saved / "model.safetensors").exists()
+
+
+def test_nothing_is_read_before_it_is_looked_up(saved, monkeypatch):
+    reads = []
+    pieces = files.StoredTensor.pieces
+    monkeypatch.setattr(files.StoredTensor, "pieces", lambda self: (reads.append(self.name), pieces(self))[1])
+    checkpoint = read_checkpoint(saved, precision="float32")
+    assert "model.norm.weight" in checkpoint.weights
+    assert len(checkpoint.weights) == len(list(checkpoint.weights)) == 21
+    scalar = with_scalar_head(checkpoint, seed=0)
+    assert not [name for name in reads if "layers.1" in name]  # in tests, beartype looks at a mapping's first value
+    del reads[:]
+    scalar.weights["model.layers.1.mlp.up_proj.weight"]
+    assert reads == ["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(KeyError):
+        checkpoint.weights["nothing"]
+    with pytest.raises(ValueError, match="read-only"):  # a change would be lost at the next look-up
+        checkpoint.weights["model.norm.weight"] += 1
+
+
+def test_files_are_byte_for_byte_those_of_safetensors(tmp_path):
+    import ml_dtypes
+
+    draws = np.random.default_rng(0)
+    tensors = {
+        "b": draws.normal(size=(3, 5)).astype(np.float32),
+        "a": draws.normal(size=7).astype(ml_dtypes.bfloat16),
+        "é": draws.normal(size=(2, 2)).astype(np.float16),
+        "w": draws.normal(size=3),
+        "scalar": np.array(3, np.float32),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    entries = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    write_tensors(tmp_path / "ours", entries, lambda names: ((name, tensors[name]) for name in names))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    for stored in stored_tensors(tmp_path / "theirs"):
+        assert stored.read().tobytes() == tensors[stored.name].tobytes()
+    tensors["b"][0, 0] += 1  # canary
+    write_tensors(tmp_path / "ours", entries, lambda names: ((name, tensors[name]) for name in names))
+    assert (tmp_path / "ours").read_bytes() != (tmp_path / "theirs").read_bytes()
+
+
+def test_tensors_longer_than_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE", 7)
+    value = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
+    write_tensors(tmp_path / "x", {"x": (value.dtype, value.shape)}, lambda names: [("x", value)])
+    (stored,) = stored_tensors(tmp_path / "x")
+    assert len(list(stored.pieces())) == 7
+    assert np.array_equal(stored.read(), value)
+
+
+def test_values_that_do_not_fit_are_an_error(tmp_path):
+    value = np.asarray([1.0, 7e4], np.float32)
+    entries = {"x": (np.dtype(np.float16), (2,))}
+    with pytest.raises(UserError, match="x: a value is too large for float16"):
+        write_tensors(tmp_path / "x", entries, lambda names: [("x", value)])
+    write_tensors(tmp_path / "x", entries, lambda names: [("x", np.asarray([1.0, np.inf], np.float32))])
+
+
+def test_shards_are_those_of_transformers():
+    sizes = {"a": 3, "b": 4, "c": 20, "d": 1, "e": 9, "f": 1}
+    assert plan_shards(sizes, 10) == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+    assert plan_shards(sizes, 38) == [list(sizes)]
+    assert plan_shards(sizes, 1) == [[name] for name in sizes]
+
+
+def test_sharded_directories_are_checked(saved, tmp_path):
+    sharded = tmp_path / "sharded"
+    checkpoint = read_checkpoint(saved, precision="float32")
+    write_checkpoint(sharded, checkpoint, tokenizer_directory=saved, max_shard_bytes=5000)
+    parts = sorted(sharded.glob("model-*.safetensors"))
+    assert parts[0].name == f"model-00001-of-{len(parts):05d}.safetensors"
+    assert len(parts) > 2
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in checkpoint.weights.values())
+    again = read_checkpoint(sharded, precision="float32")
+    assert all(np.array_equal(again.weights[name], value) for name, value in checkpoint.weights.items())
+    index["weight_map"]["model.norm.weight"] = parts[-1].name
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="the index and the files disagree about model.norm.weight"):
+        read_checkpoint(sharded, precision="float32")
+    parts[0].unlink()
+    with pytest.raises(UserError, match="named in model.safetensors.index.json but not there"):
+        read_checkpoint(sharded, precision="float32")
+
+
+def test_quantised_tensors_are_refused(saved):
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(UserError, match="stored as I8, of which only F64, F32, BF16, F16 are read: model.norm.weight"):
+        read_checkpoint(saved, precision="float32")
+    assert read_contents(saved).problems
+
+
+def test_what_goes_with_the_weights(saved, tmp_path):
+    """Generation settings are kept, with config.json's ids and every further stop token; so are licence and base."""
+    (saved / "generation_config.json").write_text(json.dumps({"top_p": 0.9, "eos_token_id": [1, 7], "pad_token_id": 5}))
+    (saved / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\n# hello\n")
+    (saved / "LICENSE").write_text("MIT")
+    checkpoint = read_checkpoint(saved, precision="float32")
+    changed = replace(checkpoint, config=checkpoint.config | {"eos_token_id": 3})
+    write_checkpoint(tmp_path / "out", changed, tokenizer_directory=saved, dtype="bfloat16")
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation == {"top_p": 0.9, "eos_token_id": [3, 1, 7], "pad_token_id": 0}
+    assert (tmp_path / "out/LICENSE").read_text() == "MIT"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license: mit" in card
+    assert "base_model: someone/tiny" in card
+    assert "AutoModelForCausalLM" in card
+    assert "bfloat16" in card
+    assert str(tmp_path) not in card
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_card_of_a_stage_names_its_run(tmp_path, tokenizer_directory):
+    run = tmp_path / "run"
+    (run / "models").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: postcards\nmodel: {path: /home/me/secret/tiny-base}\nseed: 3\n")
+    (run / "summary.json").write_text('{"engine": "jax"}')
+    checkpoint = with_scalar_head(initial_checkpoint(CONFIG, seed=0), seed=0)
+    write_checkpoint(run / "models/reward", checkpoint, tokenizer_directory=tokenizer_directory)
+    card = (run / "models/reward/README.md").read_text()
+    assert "Stage `reward` of the run `postcards` on the jax engine" in card
+    assert "base_model: tiny-base" in card
+    assert "AutoModelForSequenceClassification" in card
+    assert "seed: 3" in card
+    assert "secret" not in card
 
 
 def test_initial_weights_are_keyed_by_name():
     first, again = initial_checkpoint(CONFIG, seed=0), initial_checkpoint(CONFIG, seed=0)
     other = initial_checkpoint(CONFIG, seed=1)
-    assert list(first.weights) == list(tensor_shapes(parse_config(CONFIG), "lm"))
+    assert list(first.weights) == list(tensor_shapes(read_model(CONFIG), "lm"))
     for name, value in first.weights.items():
         assert np.array_equal(value, again.weights[name])
         if name.endswith("norm.weight"):
@@ -192,6 +350,11 @@ def test_scalar_heads():
     assert (zero.weights["score.weight"] == 0).all()
     head = with_scalar_head(checkpoint, seed=0).weights["score.weight"]
     assert head.std() == pytest.approx(17**-0.5, rel=0.5)
+
+
+def frequencies_of(config):
+    (row,) = frequencies(read_model(config).ropes[0])
+    return row
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -216,11 +379,11 @@ def test_rotary_frequencies_are_those_of_transformers(rope):
     modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = CONFIG | {"rope_parameters": rope, "head_dim": 64, "max_position_embeddings": 131072}
     theirs = modeling.LlamaRotaryEmbedding(modeling.LlamaConfig(**config)).inv_freq.numpy()
-    ours = inverse_frequencies(parse_config(config))
+    ours = frequencies_of(config)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-    wrong = inverse_frequencies(parse_config(config | {"rope_parameters": rope | {"rope_theta": 20000.0}}))
+    wrong = frequencies_of(config | {"rope_parameters": rope | {"rope_theta": 20000.0}})
     assert not np.allclose(wrong, theirs, rtol=1e-3)  # canary: an ignored rope_theta is seen
     old_style = {k: v for k, v in config.items() if k != "rope_parameters"}
     scaling = {("type" if k == "rope_type" else k): v for k, v in rope.items() if k != "rope_theta"}
     old_style |= {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": scaling} if len(scaling) > 1 else {})
-    assert np.array_equal(inverse_frequencies(parse_config(old_style)), ours)
+    assert np.array_equal(frequencies_of(old_style), ours)

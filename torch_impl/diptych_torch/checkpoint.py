@@ -1,10 +1,11 @@
 """Training checkpoints: DeepSpeed's own format, and beside it what DeepSpeed does not know.
 
     DIRECTORY/diptych.json          what the checkpoint is of; written last, so that without it nothing is whole
-    DIRECTORY/deepspeed/            DeepSpeed: weights, optimizer state, ZeRO partitions
+    DIRECTORY/deepspeed/            DeepSpeed: trained weights, optimizer state, ZeRO partitions
     DIRECTORY/ema.safetensors       the averaged weights, where there are any
 
-Going on from one is bit for bit the same as not having stopped.
+Going on from one is bit for bit the same as not having stopped. What an adapter leaves frozen is not in it: the model
+that goes on is built on the same base.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise UserError(f"{directory}: not empty; checkpoints are not written over")
-    deepspeed_engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+    deepspeed_engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     if ema:
         save_file(dict(ema), directory / EMA)
     manifest = json.dumps({**description, "step": step}, indent=2)
@@ -56,7 +57,9 @@ def load(directory: Path, deepspeed_engine: Any, description: Mapping[str, Any],
         averages = load_file(directory / EMA)
         for name, value in ema.items():
             value.copy_(averages[name])
-    loaded, _ = deepspeed_engine.load_checkpoint(str(directory), tag=TAG)
+    # Below an adapter the frozen weights are missing; what is trained is all there (its shapes are compared above).
+    is_whole = description["adapter"] is None
+    loaded, _ = deepspeed_engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=is_whole)
     if loaded is None:
         raise UserError(f"{directory}: DeepSpeed cannot read its part of the checkpoint ({TAG}/)")
     return manifest["step"]

@@ -1,7 +1,7 @@
 """Rollouts: prefill the left-padded prompts, then one token a step, until every row has ended.
 
-The decoder layers are the training forward's (`Network.hidden_states`); only the cache is new to them. It is allocated
-once, written in place, and hands out the filled part.
+The trunk is the training forward's (`Network.hidden_states`); only the cache is new to it. It is allocated once,
+written in place, and hands out the filled part. A recurrent model has its state instead.
 
 Dimensions: B rows, P prompt columns, N new columns, K key-value heads, H head size.
 """
@@ -14,28 +14,55 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diptych.engine import Completions, Finish, PromptBatch, Sampling
-from diptych_torch.model import Network, causal_mask, check_token_ids
+from diptych.errors import UserError
+from diptych.families.decoder import DecoderConfig
+from diptych.families.family import ModelConfig
+from diptych_torch.model import Network, check_token_ids, position_limit
+from diptych_torch.recurrent import RNNState
 from diptych_torch.sampling import draw
 
 
 class Cache:
-    """Keys and values [B, K, P + N, H] of every layer. `start`: the column that the next token goes to.
+    """Keys and values [B, K, columns, H] of every layer, and all positions. `start`: how many columns are filled.
 
     transformers' attention calls `update` with the keys and values of its new tokens and reads what it returns.
     """
 
-    def __init__(self, network: Network, *, rows: int, columns: int, device: torch.device):
-        shape = (rows, network.shape.num_kv_heads, columns, network.shape.head_dim)
-        layers = range(network.shape.num_layers)
-        self.keys = [torch.empty(shape, dtype=network.dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=network.dtype, device=device) for _ in layers]
+    def __init__(self, config: DecoderConfig, *, rows: int, columns: int, dtype: torch.dtype, device: torch.device):
+        shape = (rows, config.num_kv_heads, columns, config.head_dim)
+        layers = range(config.num_layers)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.positions = torch.zeros(rows, columns, dtype=torch.int64, device=device)
         self.start = 0
 
-    def update(self, keys: Tensor, values: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
+    def extend(self, positions: Tensor) -> Tensor:
+        """Note the new columns' positions; returns those of all columns."""
+        end = self.start + positions.shape[1]
+        self.positions[:, self.start : end] = positions
+        return self.positions[:, :end]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Take in a layer's new columns; returns its keys and values so far. The last layer's turn ends the step."""
         end = self.start + keys.shape[2]
-        self.keys[layer_index][:, :, self.start : end] = keys
-        self.values[layer_index][:, :, self.start : end] = values
-        return self.keys[layer_index][:, :, :end], self.values[layer_index][:, :, :end]
+        self.keys[layer_idx][:, :, self.start : end] = keys
+        self.values[layer_idx][:, :, self.start : end] = values
+        if layer_idx == len(self.keys) - 1:
+            self.start = end
+        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """transformers asks how many columns there are already."""
+        return self.start
+
+
+def new_cache(network: Network, *, rows: int, columns: int, device: torch.device) -> Cache | RNNState:
+    """An empty memory of a network for so many columns: keys and values, or a recurrent model's state."""
+    config = network.config
+    if isinstance(config, DecoderConfig):
+        return Cache(config, rows=rows, columns=columns, dtype=network.dtype, device=device)
+    zeros = torch.zeros(rows, config.hidden_size, dtype=network.dtype, device=device)
+    return RNNState([zeros] * config.num_layers)
 
 
 @torch.inference_mode()
@@ -47,13 +74,17 @@ def generate(
     *,
     pad_token_id: int,
     device: torch.device,
+    prefill: int | None = None,
 ) -> Completions:
-    """Sample completions (`diptych.engine.Model.generate`). The network is read, never written."""
-    _check(prompts, sampling, uniforms, network.shape.vocab_size)
+    """Sample completions (`diptych.engine.Model.generate`). The network is read, never written.
+
+    prefill: prompt columns that go through the network at once; None: all. It changes nothing but memory.
+    """
+    _check(prompts, sampling, uniforms, network.config)
     rows, width = prompts.tokens.shape
     new = sampling.max_new_tokens
     columns = width + new
-    cache = Cache(network, rows=rows, columns=columns, device=device)
+    cache = new_cache(network, rows=rows, columns=columns, device=device)
     readable = torch.ones(rows, columns, dtype=torch.bool, device=device)
     readable[:, :width] = torch.tensor(prompts.attention, device=device)
     noise = torch.tensor(uniforms, device=device)
@@ -65,11 +96,15 @@ def generate(
     margins = torch.zeros_like(logprobs)
     active = torch.ones(rows, dtype=torch.bool, device=device)
 
-    current = torch.tensor(prompts.tokens, dtype=torch.int64, device=device)
+    prompt = torch.tensor(prompts.tokens, dtype=torch.int64, device=device)
     positions = torch.tensor(prompts.positions, dtype=torch.int64, device=device)
-    reads = causal_mask(readable[:, :width])
+    size = width if prefill is None else prefill
+    pieces = list(zip(prompt.split(size, dim=1), positions.split(size, dim=1), strict=True))
+    for piece, where in pieces[:-1]:
+        network.hidden_states(piece, where, readable[:, : cache.start + piece.shape[1]], cache)
+    current, positions = pieces[-1]
     for step in range(new):
-        hidden = network.hidden_states(current, positions, reads, cache)
+        hidden = network.hidden_states(current, positions, readable[:, : width + step], cache)
         drawn = draw(network.logits(hidden[:, -1]), noise[:, step], sampling)
         mask[:, step] = active
         tokens[:, step] = drawn.token.where(active, pad_token_id)
@@ -79,9 +114,7 @@ def generate(
         if not bool(active.any()):
             break
         # Rows that have ended go on reading padding; nothing reads them.
-        cache.start = width + step
         current, positions = tokens[:, step : step + 1], positions[:, -1:] + 1
-        reads = readable[:, None, None, : cache.start + 1]
     return Completions(
         tokens=tokens.to(torch.int32).cpu().numpy(),
         mask=mask.cpu().numpy(),
@@ -91,8 +124,8 @@ def generate(
     )
 
 
-def _check(prompts: PromptBatch, sampling: Sampling, uniforms: np.ndarray, vocab_size: int) -> None:
-    check_token_ids(prompts.tokens, vocab_size)
+def _check(prompts: PromptBatch, sampling: Sampling, uniforms: np.ndarray, config: ModelConfig) -> None:
+    check_token_ids(prompts.tokens, config.vocab_size)
     rows, width = prompts.tokens.shape
     if not (width and prompts.attention[:, -1].all() and (np.diff(prompts.attention.astype(np.int8)) >= 0).all()):
         raise ValueError("prompts must be left-padded and hold at least one token each")
@@ -102,3 +135,16 @@ def _check(prompts: PromptBatch, sampling: Sampling, uniforms: np.ndarray, vocab
         raise ValueError(f"not a way to sample: {sampling}")
     if uniforms.shape != (rows, sampling.max_new_tokens):
         raise ValueError(f"uniforms must be [{rows}, {sampling.max_new_tokens}], got {list(uniforms.shape)}")
+    prompt = int(prompts.positions.max()) + 1
+    longest = prompt + sampling.max_new_tokens
+    text = f"max_new_tokens {sampling.max_new_tokens} after a prompt of {prompt} tokens"
+    limit = position_limit(config)
+    if limit is not None and longest > limit:
+        raise UserError(f"{text} would pass the model's {limit} positions; shorten one of them")
+    for rope in config.ropes if isinstance(config, DecoderConfig) else ():
+        # Past this length every key in the cache would have to be turned again.
+        if rope.by_length and longest > rope.original_max_position_embeddings:
+            raise UserError(
+                f"{text} would pass {rope.original_max_position_embeddings} tokens, beyond which the {rope.kind} RoPE "
+                "of this model has other frequencies; text is not generated across that length: shorten one of them"
+            )

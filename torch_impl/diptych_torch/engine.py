@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from diptych.engine import (
+    AdapterSpec,
     Completions,
     EngineSettings,
     Loss,
@@ -33,9 +34,14 @@ from diptych.engine import (
     TrainBatch,
 )
 from diptych.errors import UserError
+from diptych.families.family import tensor_shapes
+from diptych.weights.huggingface import check_tensors
+from diptych_torch import adapter as adapters
 from diptych_torch import checkpoint, decode, optimizer, zero
+from diptych_torch import names as naming
+from diptych_torch.experts import balance_loss
 from diptych_torch.float64 import let_deepspeed_reduce_float64
-from diptych_torch.model import Network, build, check_weights, device_batch
+from diptych_torch.model import Network, build, detached, device_array, device_batch, fill
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -57,7 +63,7 @@ def create(settings: EngineSettings) -> TorchEngine:
     # Where an accelerator has no deterministic kernel (cumsum), it says so and goes on.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    device = zero.start()
+    device = zero.start(settings.device)
     if settings.precision == "float64":
         let_deepspeed_reduce_float64()
     return TorchEngine(settings, device)
@@ -98,7 +104,7 @@ class TorchEngine:
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "tf32": str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
             "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
-            "attention": "sdpa",
+            "attention": "sdpa; explicit with a softcap, and in BLOOM",
         }
 
 
@@ -112,42 +118,51 @@ class TorchModel:
         self.settings = settings
         self._device = device
         self._dtype = DTYPES[settings.precision]
-        self._network = build(spec.config, spec.weights, spec.head, self._dtype, device)
+        self._network = build(spec, self._dtype, device)
         self._weights = self._network.named_weights()
-        self._plain: Network | None = None  # what `_view` lends out
+        self._trained = self._network.trained_weights()
+        self._views: dict[AdapterSpec | None, Network] = {}  # what `_view` lends out
         self._step = 0
         self._ema: dict[str, Tensor] = {}
         self._deepspeed: Any = None
         if spec.optimizer is None:
             self._network.eval()
             return
-        self._network.requires_grad_(True)
+        for weight in self._trained.values():
+            weight.requires_grad_(True)
         if spec.optimizer.ema_decay is not None:
-            self._ema = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._optimizer = optimizer.build(spec.optimizer, self._weights)
+            self._ema = {name: weight.detach().clone() for name, weight in self._trained.items()}
+        self._optimizer = optimizer.build(spec.optimizer, self._trained)
+        stage, size = settings.zero_stage, spec.micro_batch_size
         self._deepspeed = zero.initialize(
-            self._network,
-            self._optimizer,
-            spec.optimizer,
-            stage=settings.zero_stage,
-            micro_batch_size=spec.micro_batch_size,
+            self._network, self._optimizer, spec.optimizer, stage=stage, micro_batch_size=size
         )
         if settings.precision == "float64":
             self._deepspeed.communication_data_type = torch.float64
 
     # -- inference -----------------------------------------------------------------------------------------------
 
-    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Float[np.ndarray, "batch time"]:
+    def logprobs(
+        self, batch: TokenBatch, *, temperature: float, adapter: bool = True
+    ) -> Float[np.ndarray, "batch time"]:
         """Log-probability of each token given those before it; also 0 on padding and on a row's first token."""
         self._require_head("lm")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        return self._read(batch, temperature=temperature)
+        if not adapter:
+            self._require_adapter()
+        with contextlib.nullcontext() if adapter else adapters.disabled(self._network.transformer):
+            return self._read(batch, temperature=temperature)
 
     def scores(self, batch: TokenBatch) -> Float[np.ndarray, "batch time"]:
         """The scalar head at each token."""
         self._require_head("scalar")
-        return self._read(batch, temperature=1.0)
+        return self._read(batch)
+
+    def greedy_matches(self, batch: TokenBatch) -> Bool[np.ndarray, "batch time"]:
+        """Is each token the likeliest one given those before it? False where `logprobs` is 0 by definition."""
+        self._require_head("lm")
+        return self._read(batch, greedy=True)
 
     def generate(
         self, prompts: PromptBatch, sampling: Sampling, uniforms: Float[np.ndarray, "batch new"], *, pad_token_id: int
@@ -158,13 +173,12 @@ class TorchModel:
             return decode.generate(network, prompts, sampling, uniforms, pad_token_id=pad_token_id, device=self._device)
 
     @torch.no_grad()
-    def _read(self, batch: TokenBatch, *, temperature: float) -> Float[np.ndarray, "batch time"]:
+    def _read(self, batch: TokenBatch, **settings: Any) -> np.ndarray:
         run = self._network if self._deepspeed is None else self._deepspeed
         size = self.spec.micro_batch_size
         rows = [slice(start, start + size) for start in range(0, len(batch), size)]
         outputs = [
-            run(self._to_device(batch.take(part)), temperature=temperature, chunk=self.spec.logprob_chunk)[0]
-            for part in rows
+            run(self._to_device(batch.take(part)), chunk=self.spec.logprob_chunk, **settings)[0] for part in rows
         ]
         return torch.cat(outputs).cpu().numpy()
 
@@ -175,7 +189,7 @@ class TorchModel:
 
         A non-finite gradient shows as a non-finite `grad_norm`; DeepSpeed's stages 1 to 3 then leave the weights alone.
         """
-        spec = self._trained()
+        spec = self._optimizer_spec()
         engine = self._deepspeed
 
         def run(*inputs: Any, last: bool, **settings: Any) -> Any:
@@ -191,7 +205,7 @@ class TorchModel:
             group["lr"] = learning_rate
         norm = None
         if self.settings.zero_stage == 0:
-            gradients = [weight.grad for weight in self._weights.values() if weight.grad is not None]
+            gradients = [weight.grad for weight in self._trained.values() if weight.grad is not None]
             norm = optimizer.global_norm(gradients)
             if spec.max_grad_norm is not None:
                 optimizer.clip(gradients, norm, spec.max_grad_norm)
@@ -208,7 +222,7 @@ class TorchModel:
         return self._accumulate(lambda *inputs, last, **settings: runner(*inputs, **settings), loss, batch, None)
 
     def gradients(self, loss: Loss, batch: TrainBatch) -> Tensors:
-        """The gradient of the step's loss for every tensor, unclipped, by Hugging Face name. Changes nothing."""
+        """The gradient of the step's loss for every trained tensor, unclipped. Changes nothing."""
         with self._view(requires_grad=True) as network:
             self._accumulate(
                 lambda *inputs, last, **settings: network(*inputs, **settings),
@@ -216,10 +230,13 @@ class TorchModel:
                 batch,
                 lambda value: value.backward(),
             )
-            return {
-                name: np.zeros(weight.shape, self.settings.precision) if weight.grad is None else _copy(weight.grad)
-                for name, weight in network.named_weights().items()
-            }
+            found = network.trained_weights()
+
+            def gradient(name: str) -> np.ndarray | Tensor:
+                grad = found[name].grad
+                return np.zeros(found[name].shape, self.settings.precision) if grad is None else grad
+
+            return self._outside(gradient)
 
     def _accumulate(
         self, run: Callable[..., Any], loss: Loss, batch: TrainBatch, backward: Callable[[Tensor], None] | None
@@ -235,22 +252,31 @@ class TorchModel:
             if len(array) != count:
                 raise ValueError(f"array {name!r} has {len(array)} rows, the tokens have {count}")
         denominators = {name: float(value) for name, value in batch.denominators.items()}
+        pieces = [slice(start, start + size) for start in range(0, count, size)]
+        is_balanced = loss.balance > 0 and self._network.num_experts > 0
+        choices = self._choices(run, batch.tokens, pieces) if is_balanced and len(pieces) > 1 else None
         totals: Metrics = {}
-        for start in range(0, count, size):
-            rows = slice(start, start + size)
-            outputs, entropy = run(
+        for rows in pieces:
+            outputs, entropy, routing = run(
                 self._to_device(batch.tokens.take(rows)),
                 temperature=loss.temperature,
                 chunk=self.spec.logprob_chunk,
                 entropy=loss.entropy,
-                last=start + size >= count,
+                routing=is_balanced,
+                last=rows is pieces[-1],
             )
-            inputs: dict[str, Any] = {name: self._array(array[rows]) for name, array in batch.arrays.items()}
+            inputs: dict[str, Any] = {
+                name: device_array(array[rows], self._dtype, self._device) for name, array in batch.arrays.items()
+            }
             if loss.entropy:
                 inputs["entropy"] = entropy
             value, metrics = loss(outputs, **inputs, **denominators)
             if metrics.keys() & {"loss", "grad_norm"}:
                 raise ValueError("a loss's metrics must not be called loss or grad_norm: those names are the engine's")
+            if is_balanced:
+                num_tokens = int(batch.tokens.attention.sum())
+                balance, about_routers = balance_loss(routing, choices, self._network.config, num_tokens)
+                value, metrics = value + loss.balance * balance, {**metrics, **about_routers}
             if backward is not None:
                 backward(value)
             for name, number in {"loss": value, **metrics}.items():
@@ -264,47 +290,93 @@ class TorchModel:
         return totals
 
     @torch.no_grad()
+    def _choices(self, run: Callable[..., Any], tokens: TokenBatch, pieces: list[slice]) -> Tensor:
+        """How many times each expert is chosen in the whole step [experts]: a pass over all micro-batches, because the
+        balance loss of each depends on the choices in all of them."""
+        counts = [
+            run(self._to_device(tokens.take(rows)), routing=True, only_routing=True, last=False)[2][1]
+            for rows in pieces
+        ]
+        return torch.stack(counts).sum(dim=0)
+
+    @torch.no_grad()
     def _average(self, spec: OptimizerSpec) -> None:
         """ema = decay ema + (1 - decay) p."""
         if spec.ema_decay is None:
             return
-        with zero.whole(self._weights.values()):
-            for name, weight in self._weights.items():
+        with zero.whole(self._trained.values()):
+            for name, weight in self._trained.items():
                 self._ema[name].mul_(spec.ema_decay).add_(weight, alpha=1 - spec.ema_decay)
 
     # -- weights and state ---------------------------------------------------------------------------------------
 
-    def weights(self) -> Tensors:
-        """Copies of all tensors by Hugging Face name."""
-        with zero.whole(self._weights.values()):
-            return {name: _copy(weight) for name, weight in self._weights.items()}
+    def weights(self, names: Sequence[str] | None = None) -> Tensors:
+        """Copies of all tensors (or of `names`) by Hugging Face name, those of an adapted layer without its adapter."""
+        held = self._network.held
+        order = list(tensor_shapes(self._network.config, self.spec.head)) if names is None else list(names)
+        with zero.whole([self._weights[name] for name in naming.holding(held, frozenset(order))]):
+            return naming.to_checkpoint(held, self._weights.__getitem__, order)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Replace all weights (same names and shapes); the optimizer state and the average stay."""
-        check_weights(self._network, weights)
+        """Replace all weights (same names and shapes); adapter, optimizer state and average stay."""
+        check_tensors(weights, self._network.config, self.spec.head, where="weights")
         with zero.whole(self._weights.values(), write=True):
-            for name, weight in self._weights.items():
-                weight.copy_(torch.tensor(weights[name], dtype=self._dtype, device=self._device))
+            for name, parameter in self._network.held.items():
+                for one, view in parameter.split(self._weights[name]).items():
+                    fill(view, weights[one], one)
+        self._refresh_masters()
+
+    def adapter_weights(self) -> Tensors:
+        """Copies of the adapter's tensors, and of a scalar head trained beside it, by PEFT's names."""
+        self._require_adapter()
+        with zero.whole(self._trained.values()):
+            return self._outside(self._trained.__getitem__)
+
+    @torch.no_grad()
+    def load_adapter(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Replace them; the weights below, optimizer state and average stay."""
+        self._require_adapter()
+        naming.check(weights, self._network.trained_shapes, where="adapter")
+        with zero.whole(self._trained.values(), write=True):
+            for name, parameter in self._trained.items():
+                fill(parameter, weights[name], name)
+        self._refresh_masters()
+
+    def _refresh_masters(self) -> None:
+        """Let the next update start from what was written."""
         if self._zero_optimizer is not None:
-            self._zero_optimizer.refresh_fp32_params()  # what the next update starts from
+            self._zero_optimizer.refresh_fp32_params()
 
     def ema_weights(self) -> Tensors:
-        """The averaged weights (only where `ema_decay` is set)."""
+        """The averaged trained weights (only where `ema_decay` is set)."""
         if not self._ema:
             raise ValueError("this model keeps no average: its optimizer has no ema_decay")
-        return {name: _copy(value) for name, value in self._ema.items()}
+        return self._outside(self._ema.__getitem__)
 
     def optimizer_state(self) -> OptimizerState:
-        """Copies of step and moments by Hugging Face name."""
-        spec = self._trained()
-        moments = optimizer.read_moments(spec, self._optimizer, self._weights, self._zero_optimizer)
-        return OptimizerState(step=self._step, first=moments[0], second=moments[1] if len(moments) > 1 else {})
+        """Copies of step and moments by the trained tensors' names."""
+        spec = self._optimizer_spec()
+        moments = optimizer.read_moments(spec, self._optimizer, self._trained, self._zero_optimizer)
+        tensors = [self._outside(moment.__getitem__) for moment in moments]
+        return OptimizerState(step=self._step, first=tensors[0], second=tensors[1] if len(tensors) > 1 else {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Replace step and moments. Raises UserError for another model's or optimizer's."""
-        optimizer.write_moments(self._trained(), self._optimizer, self._weights, self._zero_optimizer, state)
+        spec = self._optimizer_spec()
+        if spec.name == "sgd" and state.second:
+            raise UserError("optimizer state: SGD has no second moment, yet the state holds one (was it AdamW's?)")
+        given = (state.first, state.second) if spec.name == "adamw" else (state.first,)
+        for tensors in given:
+            naming.check(tensors, self._network.trained_shapes, where="optimizer state")
+        moments = [naming.to_module(self._network.trained_held, tensors) for tensors in given]
+        held = OptimizerState(step=state.step, first=moments[0], second=moments[1] if len(moments) > 1 else {})
+        optimizer.write_moments(spec, self._optimizer, self._trained, self._zero_optimizer, held)
         self._step = state.step
+
+    def _outside(self, read: Callable[[str], Any]) -> Tensors:
+        """Copies of arrays of the trained parameters, under the names that they have outside."""
+        return naming.to_checkpoint(self._network.trained_held, read, list(self._network.trained_shapes))
 
     def save_checkpoint(self, directory: Path) -> None:
         """Everything that training needs to go on bit for bit, into an empty folder."""
@@ -315,7 +387,7 @@ class TorchModel:
         self._step = checkpoint.load(directory, self._deepspeed, self._description(), ema=self._ema)
 
     def _description(self) -> dict[str, Any]:
-        spec = self._trained()
+        spec, adapter = self._optimizer_spec(), self.spec.adapter
         return {
             "engine": "torch",
             "head": self.spec.head,
@@ -324,7 +396,8 @@ class TorchModel:
             "precision": self.settings.precision,
             "zero_stage": self.settings.zero_stage,
             "processes": zero.world_size(),
-            "shapes": {name: list(getattr(weight, "ds_shape", weight.shape)) for name, weight in self._weights.items()},
+            "adapter": None if adapter is None else {"rank": adapter.rank, "alpha": adapter.alpha},
+            "shapes": {name: list(held.shape) for name, held in self._network.trained_held.items()},
         }
 
     # -- pieces --------------------------------------------------------------------------------------------------
@@ -339,37 +412,36 @@ class TorchModel:
         """The same weights, without a copy, in a network that DeepSpeed has no hooks in.
 
         Decoding and `gradients` run on it: whatever they do, they leave no trace in the training state. ZeRO-3's
-        parameters are gathered once for the whole visit.
+        parameters are gathered once for the whole visit. Where nothing needs gradients, an adapter is merged, into
+        copies of the weights that it changes.
         """
-        if self._plain is None:
-            self._plain = Network(self.spec.config, self.spec.head, self._dtype, self._device).eval()
-        empty = {name: weight.detach() for name, weight in self._plain.named_weights().items()}
-        with zero.whole(self._weights.values()):
-            self._plain.assign(
-                {name: weight.detach() for name, weight in self._weights.items()}, requires_grad=requires_grad
-            )
+        spec = self.spec.adapter if requires_grad else None
+        if spec not in self._views:
+            self._views[spec] = Network(self.spec.config, self.spec.head, self._dtype, self._device, spec).eval()
+        network = self._views[spec]
+        empty, nothing = detached(network.named_weights()), detached(network.trained_weights())
+        with zero.whole([*self._weights.values(), *self._trained.values()]):
+            weights, adapter = detached(self._weights), detached(self._trained)
+            if self.spec.adapter is not None and spec is None:
+                weights = adapters.merge(network.config, self.spec.adapter, weights, adapter)
+            network.assign(weights, adapter, requires_grad=requires_grad)
             try:
-                yield self._plain
+                yield network
             finally:
-                self._plain.assign(empty, requires_grad=False)
+                network.assign(empty, nothing, requires_grad=False)
 
     def _to_device(self, batch: TokenBatch) -> Any:
-        return device_batch(batch, self._network.shape.vocab_size, self._device)
+        return device_batch(batch, self._network.config, self._device)
 
-    def _array(self, array: np.ndarray) -> Tensor:
-        """Floats in the engine's precision, integers as int64, booleans as they are."""
-        dtype = {"f": self._dtype, "i": torch.int64, "u": torch.int64, "b": torch.bool}[np.asarray(array).dtype.kind]
-        return torch.tensor(array, dtype=dtype, device=self._device)
-
-    def _trained(self) -> OptimizerSpec:
+    def _optimizer_spec(self) -> OptimizerSpec:
         if self.spec.optimizer is None:
             raise ValueError("this model is frozen: its spec has no optimizer")
         return self.spec.optimizer
 
+    def _require_adapter(self) -> None:
+        if self.spec.adapter is None:
+            raise ValueError("this model has no adapter: its spec names none")
+
     def _require_head(self, head: str) -> None:
         if self.spec.head != head:
             raise ValueError(f"this needs a model with head {head!r}, this one has {self.spec.head!r}")
-
-
-def _copy(tensor: Tensor | nn.Parameter) -> np.ndarray:
-    return tensor.detach().cpu().numpy().copy()

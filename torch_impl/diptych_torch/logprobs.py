@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -50,10 +50,9 @@ def chunked_logprobs(
             every = logits - normalizer[:, None]
             return logprobs, -(every.exp() * every).sum(dim=-1)
 
-    num_chunks = max(1, -(-len(targets) // chunk))
-    if num_chunks == 1:  # nothing to gain: the logits of the one chunk may stay until its backward pass
+    if len(targets) <= chunk:  # nothing to gain: the logits of the one chunk may stay until its backward pass
         return one_chunk(hidden, targets)
-    size = -(-len(targets) // num_chunks)
+    size = _size(len(targets), chunk)
     pieces = []
     for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
         if torch.is_grad_enabled():
@@ -62,3 +61,17 @@ def chunked_logprobs(
             pieces.append(one_chunk(rows, wanted))
     logprobs = torch.cat([piece[0] for piece in pieces])
     return logprobs, torch.cat([piece[1] for piece in pieces]) if entropy else None
+
+
+def chunked_matches(
+    hidden: Float[Tensor, "N D"], targets: Int[Tensor, " N"], unembedding: Unembedding, *, chunk: int
+) -> Bool[Tensor, " N"]:
+    """Is each row's target the likeliest token, the first of several with the largest logit? Not differentiated."""
+    size = _size(len(targets), chunk)
+    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([unembedding(rows).argmax(dim=-1) == wanted for rows, wanted in pieces])
+
+
+def _size(count: int, chunk: int) -> int:
+    """Rows of a chunk, so that ceil(count / chunk) chunks share them out evenly."""
+    return -(-count // -(-count // chunk))

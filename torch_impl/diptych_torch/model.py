@@ -1,31 +1,41 @@
 """A transformers model as a function from tokens to hidden states, log-probabilities or scores.
 
-The modules and the names of the weights are transformers'. Everything that transformers would decide by itself is
-decided here and handed over: the attention mask, the positions, the rotary angles, the cache, the chunks of the
-vocabulary. So the decoder layers are called directly, and training, scoring and decoding run the very same layers.
+The modules and the names of their parameters are transformers'. Everything that transformers would decide by itself is
+decided here and handed over: the attention masks, the positions, the rotary angles, the cache, the chunks of the
+vocabulary. Training, scoring and decoding call the very same trunk.
 
-Dimensions: B batch, T time, S keys (T and whatever a cache holds), D model width, H head size.
+Dimensions: B batch, T time, S columns (T and whatever a cache holds), D model width, E experts.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from diptych.engine import Head, TokenBatch
+from diptych.engine import AdapterSpec, Head, ModelSpec, TokenBatch
 from diptych.errors import UserError
+from diptych.families.adapter import SCORE, adapter_shapes, check_adapter
+from diptych.families.decoder import DecoderConfig
+from diptych.families.family import ModelConfig, read_model, tensor_shapes
 from diptych.weights.huggingface import check_tensors
-from diptych.weights.llama import inverse_frequencies, parse_config, tensor_shapes
+from diptych_torch import adapter as adapters
+from diptych_torch import names
+from diptych_torch.attention import additive, alibi, causal_mask
+from diptych_torch.experts import Routing, RoutingRecord
 from diptych_torch.float64 import KeepFloat64
-from diptych_torch.logprobs import chunked_logprobs
+from diptych_torch.logprobs import chunked_logprobs, chunked_matches
+from diptych_torch.names import Parameter, Part
+from diptych_torch.skeleton import layer_types, skeleton, trunk_of
+
+# Families whose trunk takes one mask for each kind of layer.
+MASK_BY_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,182 +44,266 @@ class DeviceBatch:
 
     tokens: Int[Tensor, "B T"]
     positions: Int[Tensor, "B T"]
-    mask: Bool[Tensor, "B 1 T T"]
+    attention: Bool[Tensor, "B T"]
     sources: Int[Tensor, " N"]
 
 
 class Network(nn.Module):
     """The module that DeepSpeed trains. Its parameters are transformers', under `transformer.`.
 
-    A tied output projection is one parameter with two names; `named_weights` gives it once, under its checkpoint name.
+    A tied output projection is one parameter with two names; `named_weights` gives it once. With an adapter, PEFT's
+    layers are around some of its modules; the names of the base's parameters stay.
     """
 
-    def __init__(self, config: Mapping[str, Any], head: Head, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        head: Head,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapter: AdapterSpec | None = None,
+    ):
         """A network whose parameters have no storage yet (`meta`). Raises UserError for an unsupported config."""
         super().__init__()
         self.head: Head = head
         self.dtype = dtype
-        self.shape = parse_config(config)
-        self.transformer = _skeleton(config, head, dtype)
-        # The embedding of a pad token is a weight like any other: `padding_idx` would cut its gradient out.
-        self.trunk.embed_tokens.padding_idx = None
-        frequencies = inverse_frequencies(self.shape)
-        _check_frequencies(self.trunk.rotary_emb, frequencies)
-        # The last bits differ from transformers' own; both engines' angles are products of these float32 numbers.
-        for name in ("inv_freq", "original_inv_freq"):
-            table = torch.tensor(frequencies, device=device)
-            self.trunk.rotary_emb.register_buffer(name, table, persistent=False)
+        self.config: ModelConfig = read_model(config)
+        self.adapter = adapter
+        self.held = names.parameters(self.config, head)
+        self.transformer = skeleton(config, self.config, head, dtype, device)
+        self._routing = RoutingRecord()
+        if self.num_experts:
+            for layer in self.trunk.layers:
+                self._routing.watch(layer.mlp.gate)
+        # What training changes: the names that it has outside, with shapes, and the parameters that hold it.
+        self.trained_shapes = tensor_shapes(self.config, head)
+        self.trained_held = self.held
+        if adapter is not None:
+            adapters.inject(self.transformer, self.config, adapter)
+            self.trained_shapes = adapter_shapes(self.config, adapter)
+            if head == "scalar":
+                self.trained_shapes[SCORE] = self.held["score.weight"].shape
+            self.trained_held = {
+                name: Parameter(shape=shape, parts=(Part(name),)) for name, shape in self.trained_shapes.items()
+            }
 
     @property
     def trunk(self) -> Any:
-        """Embedding, decoder layers and last norm, without a head."""
-        return self.transformer.model
+        """Embedding, layers and last norm, without a head."""
+        return trunk_of(self.transformer)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer; 0 where there is no mixture."""
+        experts = self.config.experts if isinstance(self.config, DecoderConfig) else None
+        return 0 if experts is None else experts.count
 
     def named_weights(self) -> dict[str, nn.Parameter]:
-        """The parameters by Hugging Face name, each once."""
-        return {name.removeprefix("transformer."): weight for name, weight in self.transformer.named_parameters()}
+        """The parameters by the module's own names, each once (`names.parameters` says what they hold). Without an
+        adapter's."""
+        found = self.transformer.named_parameters()
+        return {adapters.plain_name(name): weight for name, weight in found if adapters.peft_name(name) is None}
 
-    def assign(self, weights: Mapping[str, Tensor], *, requires_grad: bool) -> None:
-        """Use these tensors, without a copy, as the parameters."""
-        for name in self.named_weights():
-            parent = self.transformer.get_submodule(name.rpartition(".")[0])
-            parent.weight = nn.Parameter(weights[name], requires_grad=requires_grad)
-        if self.head == "lm" and self.shape.tie_word_embeddings:
-            self.transformer.lm_head.weight = self.trunk.embed_tokens.weight
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes: all of them, or with an adapter its A and B and a scalar head, by
+        PEFT's names."""
+        if self.adapter is None:
+            return self.named_weights()
+        found = {adapters.peft_name(name): weight for name, weight in self.transformer.named_parameters()}
+        if self.head == "scalar":
+            found[SCORE] = self.transformer.score.weight
+        return {name: found[name] for name in self.trained_held}
+
+    def assign(self, weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], *, requires_grad: bool) -> None:
+        """Use these tensors, without a copy, as the parameters. weights: the base's by the module's names. adapter: A
+        and B by PEFT's. requires_grad: of what is trained; the rest is frozen."""
+        for name in self.held:
+            is_trained = self.adapter is None or name == "score.weight"
+            parameter = nn.Parameter(weights[name], requires_grad=requires_grad and is_trained)
+            adapters.put(self.transformer, name, parameter)
+        for name in self.adapter_names():
+            adapters.put(self.transformer, name, nn.Parameter(adapter[name], requires_grad=requires_grad))
+        if self.head == "lm" and self.config.tie_word_embeddings:
+            self.transformer.lm_head.weight = self.transformer.get_input_embeddings().weight
+
+    def adapter_names(self) -> Iterable[str]:
+        """PEFT's names of A and B; none without an adapter."""
+        return () if self.adapter is None else (name for name in self.trained_held if name != SCORE)
 
     def hidden_states(
         self,
         tokens: Int[Tensor, "B T"],
         positions: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B 1 T S"] | None,
+        attention: Bool[Tensor, "B S"],
         cache: Any = None,
     ) -> Float[Tensor, "B T D"]:
-        """The hidden states after the last norm. `cache` has transformers' `update(keys, values, layer_index)`."""
+        """The hidden states that a head reads (after the last norm, and OPT's projection).
+
+        attention: which columns are real, the cache's and after them the T new ones. cache: `decode.new_cache`'s; it
+        takes the new columns in.
+        """
+        inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": cache is not None}
+        if not isinstance(self.config, DecoderConfig):
+            inputs["attention_mask"] = attention[:, -tokens.shape[1] :]
+            return self.trunk(**inputs).last_hidden_state
+        keys = positions if cache is None else cache.extend(positions)
+        masks = {
+            window: causal_mask(attention, tokens.shape[1], window) for window in dict.fromkeys(self.config.windows)
+        }
+        if self.config.alibi:
+            inputs["attention_mask"] = additive(masks[None], self.dtype)
+            slopes = alibi(self.config.num_heads, positions, keys, self.dtype)
+            # BLOOM takes no positions: it asks this method of its own for ALiBi.
+            self.trunk.build_alibi_tensor = lambda *_, **__: slopes
+        else:
+            inputs |= {"attention_mask": self._by_layer_type(masks), "position_ids": positions}
         # The only casts down to float32 are inside transformers' modules; the losses' own casts are not touched.
-        precise = KeepFloat64() if self.dtype == torch.float64 else contextlib.nullcontext()
-        with precise:
-            hidden = self.trunk.embed_tokens(tokens)
-            angles = self._rotary(positions)
-            for layer in self.trunk.layers:
-                hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
-            return self.trunk.norm(hidden)
+        with KeepFloat64() if self.dtype == torch.float64 else contextlib.nullcontext():
+            hidden = self.trunk(**inputs).last_hidden_state
+        if self.config.alibi:
+            del self.trunk.build_alibi_tensor  # it holds on to a tensor as large as the attention logits
+        return hidden
+
+    def _by_layer_type(self, masks: Mapping[int | None, Tensor]) -> Any:
+        """The masks as the trunk takes them: one for all layers, or one for each kind of layer."""
+        assert isinstance(self.config, DecoderConfig)
+        if self.config.family in MASK_BY_LAYER_TYPE:
+            kinds = layer_types(self.transformer)
+            assert kinds is not None
+            return {kind: masks[window] for kind, window in zip(kinds, self.config.windows, strict=True)}
+        (mask,) = masks.values()
+        return mask
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """The language-model head."""
+        """The language-model head, its softcap included."""
         if self.head != "lm":
             raise ValueError("this model has a scalar head: it has no log-probabilities")
-        return self.transformer.lm_head(hidden)
+        logits = self.transformer.lm_head(hidden)
+        cap = self.config.logit_softcap if isinstance(self.config, DecoderConfig) else None
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(
-        self, batch: DeviceBatch, *, temperature: float = 1.0, chunk: int = 1024, entropy: bool = False
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
-        """`lm`: log-probabilities of the tokens and, if asked, entropies. `scalar`: scores and None.
+        self,
+        batch: DeviceBatch,
+        *,
+        temperature: float = 1.0,
+        chunk: int = 1024,
+        entropy: bool = False,
+        routing: bool = False,
+        only_routing: bool = False,
+        greedy: bool = False,
+    ) -> tuple[Float[Tensor, "B T"] | Bool[Tensor, "B T"] | None, Float[Tensor, "B T"] | None, Routing | None]:
+        """`lm`: log-probabilities of the tokens and, if asked, entropies; greedy: instead of them, is each token the
+        likeliest one (the first largest logit)? `scalar`: scores and None.
 
         A log-probability is 0 before `TokenBatch.first`, on padding, and on a row's first token (nothing precedes it).
+        routing: the third is what the routers did with the real tokens (`RoutingRecord.finish`); only_routing: nothing
+        else is computed.
         """
-        hidden = self.hidden_states(batch.tokens, batch.positions, batch.mask)
+        if routing:
+            self._routing.start()
+        hidden = self.hidden_states(batch.tokens, batch.positions, batch.attention)
+        routed = self._routing.finish(batch.attention.flatten()) if routing else None
+        if only_routing:
+            return None, None, routed
         if self.head == "scalar":
-            return self.transformer.score(hidden)[..., 0], None
+            return self.transformer.score(hidden)[..., 0], None, routed
         if not len(batch.sources):  # nothing is wanted; the zeros still hang on the graph
             zeros = hidden[..., 0] * 0
-            return zeros, zeros.detach() if entropy else None
+            return zeros.bool() if greedy else zeros, zeros.detach() if entropy else None, routed
         targets = batch.sources + 1
-        logprobs, entropies = chunked_logprobs(
-            hidden.flatten(0, 1)[batch.sources],
-            batch.tokens.flatten()[targets],
-            self.logits,
-            temperature=temperature,
-            chunk=chunk,
-            entropy=entropy,
-        )
+        predictions = hidden.flatten(0, 1)[batch.sources], batch.tokens.flatten()[targets], self.logits
 
         def align(values: Tensor) -> Tensor:
             zeros = values.new_zeros(batch.tokens.numel())
             return zeros.index_copy(0, targets, values).view(batch.tokens.shape)
 
-        return align(logprobs), None if entropies is None else align(entropies)
-
-    def _rotary(self, positions: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
-        """Cosines and sines of position * inverse frequency, each twice (half-split layout, Su et al. 2021)."""
-        angles = positions[..., None].to(self.dtype) * self.trunk.rotary_emb.inv_freq.to(self.dtype)
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos(), both.sin()
+        if greedy:
+            return align(chunked_matches(*predictions, chunk=chunk)), None, routed
+        logprobs, entropies = chunked_logprobs(*predictions, temperature=temperature, chunk=chunk, entropy=entropy)
+        return align(logprobs), None if entropies is None else align(entropies), routed
 
 
-def build(
-    config: Mapping[str, Any], weights: Mapping[str, np.ndarray], head: Head, dtype: torch.dtype, device: torch.device
-) -> Network:
-    """A network that holds copies of `weights`. Raises UserError unless they are exactly the model's tensors."""
-    network = Network(config, head, dtype, device)
-    check_weights(network, weights)
-    network.assign(
-        {name: torch.tensor(value, dtype=dtype, device=device) for name, value in weights.items()}, requires_grad=False
-    )
+def build(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Network:
+    """A network that holds copies of the weights and the adapter of `spec`. Raises UserError unless they are exactly
+    the model's tensors.
+
+    Reads one tensor at a time: a mapping that reads from disk on every access costs one tensor's memory beside the
+    model's own.
+    """
+    weights, head = spec.weights, spec.head
+    network = Network(spec.config, head, dtype, device, spec.adapter)
+    shapes = tensor_shapes(network.config, head)
+    # The names first, with stand-ins that take no memory; each tensor's own shape when it is read.
+    blank = np.zeros((), np.float32)
+    named = {name: np.broadcast_to(blank, shapes.get(name, ())) for name in weights}
+    check_tensors(named, network.config, head, where="weights")
+    held = {}
+    for name, parameter in network.held.items():
+        held[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+        for one, view in parameter.split(held[name]).items():
+            fill(view, weights[one], one)
+    adapter = {}
+    if spec.adapter is not None:
+        check_adapter(dict(spec.adapter_weights), network.config, spec.adapter, where="adapter")
+        adapter = {
+            name: torch.tensor(value, dtype=dtype, device=device) for name, value in spec.adapter_weights.items()
+        }
+    network.assign(held, adapter, requires_grad=False)
     return network
 
 
-def check_weights(network: Network, weights: Mapping[str, np.ndarray]) -> None:
-    """Raise UserError unless `weights` holds exactly the network's tensors, each in its shape."""
-    check_tensors(weights, network.shape, network.head, where="weights")
+@torch.no_grad()
+def fill(target: Tensor, array: np.ndarray, name: str) -> None:
+    """Copy a checkpoint's tensor into its place. Raises UserError where it has another shape."""
+    if array.shape != tuple(target.shape):
+        raise UserError(f"weights: {name} has shape {list(array.shape)}, config.json says {list(target.shape)}")
+    wide = array.astype(np.float32) if array.dtype.kind == "V" else array  # bfloat16, which torch does not take
+    target.copy_(torch.tensor(wide, dtype=target.dtype))
 
 
-def device_batch(batch: TokenBatch, vocab_size: int, device: torch.device) -> DeviceBatch:
-    """Copy a batch to the device, with its causal mask.
-
-    A padding token reads itself and nothing else, so that no row of the mask is empty: attention stays finite, forward
-    and backward, in every kernel. No real token reads padding.
-    """
+def device_batch(batch: TokenBatch, config: ModelConfig, device: torch.device) -> DeviceBatch:
+    """Copy a batch to the device. Raises ValueError for tokens or positions that the model has no row for."""
     length = batch.tokens.shape[1]
     if not 1 <= batch.first <= length:
         raise ValueError(f"TokenBatch.first is a column from 1 to {length}, got {batch.first}")
-    check_token_ids(batch.tokens, vocab_size)
+    check_token_ids(batch.tokens, config.vocab_size)
+    limit = position_limit(config)
+    if limit is not None and batch.positions.size and batch.positions.max() >= limit:
+        raise ValueError(f"positions must be in 0..{limit - 1}, got {batch.positions.max()}")
     columns = np.arange(length)
     wanted = batch.attention[:, 1:] & batch.attention[:, :-1] & (columns[1:] >= batch.first)
     row, column = np.nonzero(wanted)
     return DeviceBatch(
         tokens=torch.tensor(batch.tokens, dtype=torch.int64, device=device),
         positions=torch.tensor(batch.positions, dtype=torch.int64, device=device),
-        mask=causal_mask(torch.tensor(batch.attention, device=device)),
+        attention=torch.tensor(batch.attention, device=device),
         sources=torch.tensor(row * length + column, dtype=torch.int64, device=device),
     )
 
 
-def causal_mask(attention: Bool[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
-    """mask[b, 0, q, k]: may query q read key k? Real keys up to q, and always q itself."""
-    length = attention.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=attention.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=attention.device)
-    return ((attention[:, None, :] & earlier) | itself)[:, None]
+def device_array(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A loss's array on the device: floats of this type, integers as int64, booleans as they are."""
+    kinds = {"f": dtype, "i": torch.int64, "u": torch.int64, "b": torch.bool}
+    return torch.tensor(array, dtype=kinds[np.asarray(array).dtype.kind], device=device)
+
+
+def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, outside any graph."""
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def position_limit(config: ModelConfig) -> int | None:
+    """How many positions there are a table's rows for; None where positions are computed."""
+    if isinstance(config, DecoderConfig):
+        if config.position_offset is not None:
+            return config.max_position_embeddings
+        if any(rope.kind == "dynamic" for rope in config.ropes):
+            return min(rope.reach for rope in config.ropes)
+    return None
 
 
 def check_token_ids(tokens: Int[np.ndarray, "B T"], vocab_size: int) -> None:
     """Raise ValueError for an id outside the vocabulary (an accelerator would crash or read another row)."""
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
         raise ValueError(f"token ids must be in 0..{vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
-
-
-def _skeleton(config: Mapping[str, Any], head: Head, dtype: torch.dtype) -> Any:
-    """The transformers model of a config.json, on the `meta` device (so nothing is initialised or drawn)."""
-    settings = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype", "dtype")}
-    settings |= {"num_labels": 1} if head == "scalar" else {}
-    transformers_config = AutoConfig.for_model(config["model_type"], **settings)
-    family = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        transformer = cast(Any, family).from_config(transformers_config, dtype=dtype, attn_implementation="sdpa")
-    expected = tensor_shapes(parse_config(config), head)
-    actual = {name: tuple(weight.shape) for name, weight in transformer.named_parameters()}
-    if actual != expected:
-        different = sorted(dict(expected.items() ^ actual.items()))
-        raise UserError(f"config.json: transformers builds other tensors from it than Diptych: {', '.join(different)}")
-    return transformer
-
-
-def _check_frequencies(rotary: Any, frequencies: Float[np.ndarray, " half"]) -> None:
-    """Raise UserError where transformers reads other rotary frequencies (or scaling) from the config than we do."""
-    theirs = type(rotary)(config=rotary.config)  # outside of `meta`: with numbers
-    agrees = np.allclose(theirs.inv_freq.numpy(), frequencies, rtol=1e-5, atol=0.0)
-    if not agrees or theirs.attention_scaling != 1.0:
-        raise UserError(
-            "config.json: transformers computes other rotary frequencies from it than Diptych; "
-            "check rope_parameters, rope_scaling and rope_theta"
-        )

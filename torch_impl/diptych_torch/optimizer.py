@@ -1,4 +1,4 @@
-"""AdamW and SGD with nothing left to a default (law 6), and their state under Hugging Face names.
+"""AdamW and SGD with nothing left to a default (law 6), and their state by the names of the module's parameters.
 
 Formulas in `diptych.engine.OptimizerSpec`. AdamW is torch's own, every option given; torch's SGD adds weight decay to
 the gradient, so ours is written out.
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine import OptimizerSpec, OptimizerState, Tensors
-from diptych.errors import UserError
 
 
 class SGD(torch.optim.Optimizer):
@@ -109,14 +108,10 @@ def write_moments(
     zero: Any,
     state: OptimizerState,
 ) -> None:
-    """Replace the moments and the step count. Raises UserError unless `state` is exactly these parameters'."""
+    """Replace the moments and the step count; `state` holds the parameters' names and shapes."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
     given = (state.first, state.second) if spec.name == "adamw" else (state.first,)
-    for tensors in given:
-        _check_names(tensors, parameters)
-    if spec.name == "sgd" and state.second:
-        raise UserError("optimizer state: SGD has no second moment, yet the state holds one (was it AdamW's?)")
     if zero is not None:
         _prepare_partitions(spec, optimizer, zero)
         for partition in _partitions(zero):
@@ -148,15 +143,3 @@ def _prepare_partitions(spec: OptimizerSpec, optimizer: torch.optim.Optimizer, z
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link parameters to states only once
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-
-
-def _check_names(tensors: Tensors, parameters: Mapping[str, nn.Parameter]) -> None:
-    different = sorted(tensors.keys() ^ parameters.keys())
-    if different:
-        raise UserError(f"optimizer state: not this model's: missing or left over {', '.join(different[:3])}")
-    for name, parameter in parameters.items():
-        expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if tensors[name].shape != expected:
-            raise UserError(
-                f"optimizer state: {name} has shape {list(tensors[name].shape)}, the model has {list(expected)}"
-            )

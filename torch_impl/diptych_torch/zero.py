@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,13 +24,19 @@ from diptych.errors import UserError
 PERSISTENCE_THRESHOLD = 100_000
 
 
-def start() -> torch.device:
-    """Bring up torch.distributed for this process. Returns its device.
+def start(device: Literal["auto", "cpu"]) -> torch.device:
+    """Bring up torch.distributed for this process. Returns its device: the accelerator that is there (or that the
+    variable DS_ACCELERATOR names), with "cpu" none.
+
+    The first start chooses for the process, as far as DeepSpeed has one accelerator a process. Raises UserError where
+    "cpu" comes after an accelerator was started.
 
     Once per process; later calls change nothing. Without a launcher the process is a group of its own that opens no
     port and leaves no address behind, so that its child processes can be engines too.
     """
-    if not torch.cuda.is_available():
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    elif not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, set or not
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -54,6 +60,9 @@ def start() -> torch.device:
     # Compiled at the first start (125 s here); used by inference_all_reduce only, never in training.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator: Any = get_accelerator()
+    found = accelerator.device_name()
+    if device == "cpu" and found != "cpu":
+        raise UserError(f"this process already runs on {found}: a model on the CPU needs a process of its own")
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if not deepspeed.comm.is_initialized():
         backend = accelerator.communication_backend_name()

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diptych.engine import EngineSettings, ModelSpec, OptimizerSpec, TokenBatch, load_engine
-from diptych.weights.llama import parse_config, tensor_shapes
+from diptych.engine import AdapterSpec, EngineSettings, ModelSpec, OptimizerSpec, TokenBatch, load_engine
+from diptych.families.family import read_model, tensor_shapes
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -36,11 +36,11 @@ def make_config() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def hot_weights() -> Callable[..., dict[str, np.ndarray]]:
-    def make(config: dict[str, Any], head: str = "lm", seed: int = 0) -> dict[str, np.ndarray]:
+    def make(config: dict[str, Any], head: Any = "lm", seed: int = 0) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
         return {
             name: rng.uniform(0.5, 1.5, shape) if name.endswith("norm.weight") else rng.normal(0, 0.15, shape)
-            for name, shape in tensor_shapes(parse_config(config), head).items()
+            for name, shape in tensor_shapes(read_model(config), head).items()
         }
 
     return make
@@ -60,6 +60,8 @@ def make_model(hot_weights: Any) -> Callable[..., Any]:
         micro_batch_size: int = 2,
         logprob_chunk: int = 7,
         weights: dict[str, np.ndarray] | None = None,
+        adapter: AdapterSpec | None = None,
+        adapter_weights: dict[str, np.ndarray] | None = None,
     ) -> Any:
         return load_engine("torch", EngineSettings(precision=precision, zero_stage=stage)).model(
             ModelSpec(
@@ -69,6 +71,8 @@ def make_model(hot_weights: Any) -> Callable[..., Any]:
                 optimizer=optimizer,
                 micro_batch_size=micro_batch_size,
                 logprob_chunk=logprob_chunk,
+                adapter=adapter,
+                adapter_weights=adapter_weights or {},
             )
         )
 

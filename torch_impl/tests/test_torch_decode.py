@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from diptych.engine import Completions, Finish, OptimizerSpec, PromptBatch, Sampling, TokenBatch
 from diptych.weights.huggingface import read_checkpoint
-from diptych_torch import decode
+from diptych_torch import decode, model
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
@@ -77,9 +77,8 @@ def test_decoding_is_the_training_forward(make_model, make_config, changes, prec
 def test_canary_seeded_bugs_are_seen(make_model, monkeypatch, bug):
     ours, given, sampling = make_model(micro_batch_size=5), prompts(), how()
     if bug == "prompt padding is read":
-        monkeypatch.setattr(
-            decode, "causal_mask", lambda a: torch.ones_like(a[:, None, :, None] & a[:, None, None]).tril()
-        )
+        mask = model.causal_mask
+        monkeypatch.setattr(model, "causal_mask", lambda a, q, w: mask(a if q == 1 else torch.ones_like(a), q, w))
     elif bug == "positions stand still":
         forward = decode.Network.hidden_states
         monkeypatch.setattr(
@@ -105,7 +104,7 @@ def test_greedy_is_transformers_generate(make_model, make_config, hot_weights, t
     config = make_config(tie_word_embeddings=tied)
     weights, given, stop = hot_weights(config, seed=4), prompts(rows=8), 17
     settings = {name: value for name, value in config.items() if name != "model_type"}
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
+    theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
     theirs.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=False)
     theirs.tie_weights()
     expected = theirs.generate(
@@ -136,7 +135,7 @@ def test_stories_as_published():
     given = PromptBatch(tokens=tokens, attention=tokens > 0, positions=np.arange(5, dtype=np.int32)[None])
     sampling = how(temperature=0.0, max_new_tokens=200, stop_token_ids=(2,))
     completions = ours.generate(given, sampling, noise(1, 200), pad_token_id=0)
-    theirs = AutoModelForCausalLM.from_pretrained(STORIES)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(STORIES)
     ids = torch.tensor(tokens, dtype=torch.int64)
     expected = theirs.generate(ids, attention_mask=ids * 0 + 1, do_sample=False, max_new_tokens=200, pad_token_id=0)
     np.testing.assert_array_equal(completions.tokens[0], expected[0, 5:].numpy())

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from diptych.engine import Loss, TrainBatch
 from diptych.errors import UserError
-from diptych.weights.llama import inverse_frequencies, parse_config
-from diptych_torch import float64, model
+from diptych.families.family import read_model
+from diptych.families.rope import frequencies as rope_frequencies
+from diptych_torch import float64, model, names, rotary
 from diptych_torch.logprobs import chunked_logprobs
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
@@ -40,12 +41,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def numpy_hidden(config: Any, weights: Any, batch: Any) -> np.ndarray:
     """The Llama forward pass, row by row without its padding, in NumPy float64. Padding stays 0."""
-    shape = parse_config(config)
+    shape: Any = read_model(config)
     w = {name: value.astype(np.float64) for name, value in weights.items()}
-    frequencies = inverse_frequencies(shape).astype(np.float64)
+    frequencies = rope_frequencies(shape.ropes[0])[0].astype(np.float64)
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
-        return w[name] * x / np.sqrt((x**2).mean(-1, keepdims=True) + shape.rms_norm_eps)
+        return w[name] * x / np.sqrt((x**2).mean(-1, keepdims=True) + shape.norm.eps)
 
     def heads(x: np.ndarray, name: str) -> np.ndarray:
         return (x @ w[name].T).reshape(len(x), -1, shape.head_dim).transpose(1, 0, 2)
@@ -119,6 +120,42 @@ def test_logprobs_are_those_of_a_numpy_llama(make_model, make_config, hot_weight
     assert np.abs(expected).max() > 3  # the model is hot
 
 
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_greedy_matches_are_the_first_largest_logits(make_model, make_config, hot_weights, make_batch, wanted, chunk):
+    config, batch = make_config(), make_batch(rows=6, vocab=3, first=3)
+    weights = hot_weights(config)
+    head = weights["lm_head.weight"]
+    head[:3] *= 20  # the largest logit is one of the batch's tokens
+    head[2] = head[1]  # a tie: the first of the two is the likeliest
+    ours = make_model(weights=weights, precision="float64", logprob_chunk=chunk).greedy_matches(batch)
+    logits = numpy_hidden(config, weights, batch)[:, :-1] @ head.T
+    logits[..., 2] = logits[..., 1]
+    largest = np.pad(logits.argmax(-1) == batch.tokens[:, 1:], ((0, 0), (1, 0)))
+    assert ours.dtype == bool
+    np.testing.assert_array_equal(ours, largest & wanted(batch))
+    tied = (logits.max(-1) == logits[..., 2]) & (batch.tokens[:, 1:] == 2) & wanted(batch)[:, 1:]
+    assert tied.any()  # canary: "as large as the largest" would call these matches
+    assert (largest & ~wanted(batch)).any()  # canary: a forgotten mask is seen
+    assert (ours & wanted(batch)).any()
+
+
+def test_greedy_matches_where_nothing_is_wanted(make_model, make_batch):
+    assert not make_model().greedy_matches(make_batch(first=11)).any()
+    with pytest.raises(ValueError, match="head 'lm'"):
+        make_model(head="scalar").greedy_matches(make_batch())
+
+
+def test_only_the_weights_that_are_asked_for_are_read(make_model, make_config, hot_weights, monkeypatch):
+    model, read = make_model(), []
+    monkeypatch.setattr(names, "host_copy", lambda array, copy=names.host_copy: read.append(array.shape) or copy(array))
+    some = ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
+    found = model.weights(some)
+    assert list(found) == some
+    assert sorted(read) == [(16, 32), (32,)]
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, hot_weights(make_config())[name].astype(np.float32))
+
+
 @pytest.mark.parametrize("name", ["untied", "tied", "llama3 rope", "wide heads"])
 def test_logprobs_are_those_of_transformers(make_model, make_config, hot_weights, make_batch, wanted, name):
     config = make_config(**CONFIGS[name])
@@ -152,10 +189,10 @@ def test_canary_seeded_bugs_are_seen(make_model, make_config, hot_weights, make_
     expected = numpy_logprobs(config, weights, batch, 0.7)
     seen = batch
     if bug == "future leaks":
-        monkeypatch.setattr(model, "causal_mask", lambda a: a[:, None, None, :].expand(-1, 1, a.shape[1], -1))
+        monkeypatch.setattr(model, "causal_mask", lambda a, q, w: a[:, None, None, :].expand(-1, 1, q, -1))
     elif bug == "padding leaks":
         monkeypatch.setattr(
-            model, "causal_mask", lambda a: torch.ones_like(a[:, None, :, None] & a[:, None, None]).tril()
+            model, "causal_mask", lambda a, q, w: torch.ones_like(a[:, None, :, None] & a[:, None, None]).tril()
         )
     elif bug == "eps":
         config = make_config(rms_norm_eps=1e-6)
@@ -323,7 +360,7 @@ def test_weights_that_do_not_fit_are_named(make_model, make_config, hot_weights,
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model_type": "opt"}, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"mlp_bias": True}]
+    "changes", [{"model_type": "t5"}, {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, {"mlp_bias": True}]
 )
 def test_other_families_are_refused(make_model, make_config, hot_weights, changes):
     with pytest.raises(UserError):
@@ -331,7 +368,7 @@ def test_other_families_are_refused(make_model, make_config, hot_weights, change
 
 
 def test_canary_other_rotary_frequencies_are_refused(make_model, monkeypatch):
-    monkeypatch.setattr(model, "inverse_frequencies", lambda shape: inverse_frequencies(shape) * np.float32(1.0001))
+    monkeypatch.setattr(rotary, "frequencies", lambda rope: rope_frequencies(rope) * np.float32(1.0001))
     with pytest.raises(UserError, match="rotary"):
         make_model()
 

@@ -72,3 +72,24 @@ except ValueError as error:
     print(type(error).__name__, error)
 """
     assert "UserError WORLD_SIZE is 2" in python(code, WORLD_SIZE="2", RANK="0").stdout
+
+
+CPU_ONLY = """
+import torch
+torch.cuda.is_available = lambda: True
+from diptych.engine import EngineSettings, load_engine
+engine = load_engine("torch", EngineSettings(precision="float32", device="cpu"))
+from deepspeed.accelerator import get_accelerator
+print(engine.device, get_accelerator().device_name(), engine.environment()["device"])
+get_accelerator().device_name = lambda: "cuda"  # as if another engine had started an accelerator before
+try:
+    load_engine("torch", EngineSettings(precision="float32", device="cpu"))
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_the_device_cpu_keeps_off_an_accelerator_that_is_there():
+    done = python(CPU_ONLY, DS_ACCELERATOR="cuda")
+    assert done.stdout.splitlines()[0] == "cpu cpu cpu", done.stderr
+    assert done.stdout.splitlines()[1].startswith("UserError this process already runs on cuda"), done.stderr

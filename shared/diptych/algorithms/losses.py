@@ -141,25 +141,29 @@ def ppo_policy_loss(
 def ppo_value_loss(
     scores: Float[Array, "batch time"],
     *,
-    old_values: Float[Array, "batch time"],
-    returns: Float[Array, "batch time"],
-    mask: Shaped[Array, "batch time"],
+    columns: Shaped[Array, "batch slots"],
+    old_values: Float[Array, "batch slots"],
+    returns: Float[Array, "batch slots"],
+    mask: Shaped[Array, "batch slots"],
     value_clip_range: float,
     value_coef: float,
     num_tokens: Scalar,
 ) -> Output:
     """Clipped value loss: value_coef * 0.5 * sum(mask * max((v - R)^2, (clip(v) - R)^2)) / num_tokens.
 
-    v = scores; clip(v) keeps v within +-value_clip_range of old_values (Ziegler et al. 2019). All arrays [batch, time].
-    num_tokens: masked-in slots of the optimizer step (more than the response tokens where the dialect's value mask is
-    one longer).
+    scores: [batch, time], the critic's head after each token that *it* reads. columns: integer [batch, slots] (int64
+    under torch), the column of the critic at each of the policy's states: v[b, s] = scores[b, columns[b, s]]; states
+    that share a column add up their gradients there. Where the critic reads the policy's own tokens, columns count up.
+    clip(v) keeps v within +-value_clip_range of old_values (Ziegler et al. 2019). num_tokens: masked-in slots of the
+    optimizer step (more than the response tokens where the dialect's value mask is one longer).
 
     Metrics: `loss/value_avg` (the loss *without* value_coef), `val/clipfrac_avg` (share of slots where the clipped loss
     is the larger).
     """
     xp = array_namespace(scores)
     keep = _bool(xp, mask)
-    values, old_values, returns = (_only(xp, array, keep) for array in (scores, old_values, returns))
+    values = xp.take_along_axis(scores, columns, axis=1)
+    values, old_values, returns = (_only(xp, array, keep) for array in (values, old_values, returns))
     clipped_values = _clip(xp, values, old_values - value_clip_range, old_values + value_clip_range)
     unclipped = (values - returns) ** 2
     clipped = (clipped_values - returns) ** 2
@@ -217,3 +221,20 @@ def _reward_output(
         "reward/chosen": mean(chosen),
         "reward/rejected": mean(rejected),
     }
+
+
+def router_balance_loss(
+    probability_sums: Array, *, fractions: Array, num_routed: Array | float, top_k: int
+) -> tuple[Array, dict[str, Array]]:
+    """Load balancing of a mixture of experts (Fedus et al. 2022, eq. 4 to 6): experts * sum_e f_e P_e.
+
+    probability_sums: [experts], softmax of the router's logits summed over the layers and real tokens of a micro-batch.
+    fractions: [experts], no gradient: how many times each expert was chosen, over num_routed, in the whole optimizer
+    step. num_routed: real tokens of the whole step times layers. The sum over micro-batches is the value of the step,
+    which is what transformers computes when it sees the whole step at once. `router/load_max`: the busiest expert's
+    share of the work, 1 where all are equal.
+    """
+    xp = array_namespace(probability_sums)
+    count = probability_sums.shape[0]
+    loss = count * xp.sum(fractions * probability_sums) / num_routed
+    return loss, {"router/balance_loss": loss, "router/load_max": count * xp.max(fractions) / top_k}

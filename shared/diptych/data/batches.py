@@ -53,7 +53,7 @@ def sft_batch(
 
     Rows are filled up to a multiple of `multiple_of` with copies of the last one whose masks are zero.
     """
-    tokens = _right_padded(examples, buckets, pad_token_id)
+    tokens = right_padded([example.tokens for example in examples], buckets, pad_token_id)
     mask = np.zeros(tokens.tokens.shape, np.float32)
     for index, example in enumerate(examples):
         mask[index, : len(example.trained)] = example.trained
@@ -77,7 +77,7 @@ def pair_batch(
     Pairs are filled up to a multiple of `multiple_of` pairs with copies of the last one whose masks are zero.
     """
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
-    tokens = _right_padded(examples, buckets, pad_token_id)
+    tokens = right_padded([example.tokens for example in examples], buckets, pad_token_id)
     end_mask = np.zeros(tokens.tokens.shape, np.float32)
     for index, example in enumerate(examples):
         end_mask[index, np.flatnonzero(example.trained)[-1]] = 1
@@ -124,15 +124,16 @@ def join(prompts: PromptBatch, completions: Completions) -> TokenBatch:
     )
 
 
-def _right_padded(examples: Sequence[TokenExample], buckets: Sequence[int], pad_token_id: int) -> TokenBatch:
-    if not examples:
+def right_padded(rows: Sequence[np.ndarray], buckets: Sequence[int], pad_token_id: int) -> TokenBatch:
+    """Rows of tokens [time] of any lengths, filled up on the right to the bucket of the longest."""
+    if not rows:
         raise ValueError("a batch needs at least one example")
-    width = bucket(max(len(example.tokens) for example in examples), buckets)
-    tokens = np.full((len(examples), width), pad_token_id, np.int32)
-    attention = np.zeros((len(examples), width), bool)
-    for index, example in enumerate(examples):
-        tokens[index, : len(example.tokens)] = example.tokens
-        attention[index, : len(example.tokens)] = True
+    width = bucket(max(len(row) for row in rows), buckets)
+    tokens = np.full((len(rows), width), pad_token_id, np.int32)
+    attention = np.zeros((len(rows), width), bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+        attention[index, : len(row)] = True
     return TokenBatch(tokens=tokens, attention=attention, positions=_positions(attention))
 
 

@@ -51,12 +51,13 @@ class PairExample:
 @dataclass(frozen=True, kw_only=True)
 class PromptExample:
     """A prompt. text: the words of its only user turn, or the whole rendering where there are more turns. data: the
-    row's JSON object."""
+    row's JSON object. turns: the conversation, for a model with another tokenizer."""
 
     row: int
     tokens: Int[np.ndarray, " time"]
     text: str
     data: Mapping[str, Any] = field(repr=False)
+    turns: Turns = ()
 
 
 def load_demonstrations(
@@ -65,15 +66,18 @@ def load_demonstrations(
     """Demonstrations as tokens. Raises UserError (FILE:LINE) on any row that cannot be used as the recipe says."""
     place = "data.demonstrations"
     rows = split(*sources.demonstrations(data.demonstrations, seed=seed), data.demonstrations, seed=seed, place=place)
-    maker = _Maker(data, tokenizer, max_positions)
+    maker = ExampleMaker(data, tokenizer, max_positions)
     return maker.examples(rows, maker.demonstration, place)
 
 
-def load_preferences(data: DataRecipe, tokenizer: Tokenizer, *, seed: int, max_positions: int) -> Split[PairExample]:
-    """Preference pairs as tokens. A pair that truncation made identical is left out, and counted."""
+def load_preferences(
+    data: DataRecipe, tokenizer: Tokenizer, *, seed: int, max_positions: int, foreign: bool = False
+) -> Split[PairExample]:
+    """Preference pairs as tokens. A pair that truncation made identical is left out, and counted. foreign: the
+    tokenizer is not the policy's (`uses_chat`)."""
     place = "data.preferences"
     rows = split(*sources.preferences(data.preferences, seed=seed), data.preferences, seed=seed, place=place)
-    maker = _Maker(data, tokenizer, max_positions)
+    maker = ExampleMaker(data, tokenizer, max_positions, foreign=foreign)
     return maker.examples(rows, maker.pair, place)
 
 
@@ -81,7 +85,7 @@ def load_prompts(data: DataRecipe, tokenizer: Tokenizer, *, seed: int, max_posit
     """Prompts as tokens."""
     place = "data.prompts"
     rows = split(*sources.prompts(data.prompts, seed=seed), data.prompts, seed=seed, place=place)
-    maker = _Maker(data, tokenizer, max_positions)
+    maker = ExampleMaker(data, tokenizer, max_positions)
     return maker.examples(rows, maker.prompt, place)
 
 
@@ -96,14 +100,14 @@ class _Dropped(Exception):
     """A row that `too_long: drop` leaves out, or a pair that truncation made identical."""
 
 
-class _Maker:
+class ExampleMaker:
     """Makes examples of one data recipe and tokenizer, and counts what it did to them."""
 
-    def __init__(self, data: DataRecipe, tokenizer: Tokenizer, max_positions: int) -> None:
+    def __init__(self, data: DataRecipe, tokenizer: Tokenizer, max_positions: int, *, foreign: bool = False) -> None:
         self.data = data
         self.tokenizer = tokenizer
         self.max_positions = max_positions
-        self.chat = uses_chat(data, tokenizer)
+        self.chat = uses_chat(data, tokenizer, foreign=foreign)
         self.counts: Counter[str] = Counter()
 
     def examples(self, rows: Split[Row], make: Callable[[Row], Example], place: str) -> Split[Example]:
@@ -169,7 +173,8 @@ class _Maker:
         self.counts["truncated"] += cut
         self.longest(prompt=len(tokens))
         words = row.turns[0]["content"] if len(row.turns) == 1 else text
-        return PromptExample(row=row.row, tokens=np.asarray(tokens, np.int32), text=words, data=row.data)
+        made = np.asarray(tokens, np.int32)
+        return PromptExample(row=row.row, tokens=made, text=words, data=row.data, turns=row.turns)
 
     def segments(self, turns: Turns, where: str, *, last_only: bool = False) -> list[Segment]:
         """The tokens of a conversation, cut where training begins and ends; the last segment is trained.
@@ -309,8 +314,9 @@ class _Maker:
             self.counts[name] = max(self.counts[name], length)
 
 
-def uses_chat(data: DataRecipe, tokenizer: Tokenizer) -> bool:
-    """Whether the chat template makes the prompts. UserError for a setting that would be ignored."""
+def uses_chat(data: DataRecipe, tokenizer: Tokenizer, *, foreign: bool = False) -> bool:
+    """Whether the chat template makes the prompts. UserError for a setting that would be ignored. foreign: for a reward
+    model with a tokenizer of its own; the text templates may then be set for the policy alone."""
     if data.chat == "always" and tokenizer.chat_template is None:
         raise UserError(f"data.chat is always, but the tokenizer of {tokenizer.where} has no chat template")
     chat = data.chat != "never" and tokenizer.chat_template is not None
@@ -318,7 +324,7 @@ def uses_chat(data: DataRecipe, tokenizer: Tokenizer) -> bool:
         template = getattr(data, name)
         if placeholder not in template:
             raise UserError(f"data.{name} {template!r} must hold {placeholder}")
-        if chat and template != placeholder:
+        if chat and not foreign and template != placeholder:
             raise UserError(
                 f"data.{name} is set, but the chat template of {tokenizer.where} makes the prompts: "
                 "leave it out, or set data.chat to never"

@@ -9,6 +9,7 @@ Tokenizers of the SentencePiece family put a space before a text; `encode_after`
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -76,7 +77,9 @@ class Tokenizer:
         self._files = dict(files)
         self._fast = _fast_tokenizer(files["tokenizer.json"].decode(), where)
         self._continuation = _without_prefix_space(self._fast)
-        self._added = {token_id: token.content for token_id, token in self._fast.get_added_tokens_decoder().items()}
+        added = self._fast.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._control = frozenset(token_id for token_id, token in added.items() if token.special)
         settings = _json(files, "tokenizer_config.json", where)
         named = {**_json(files, "special_tokens_map.json", where), **settings}
         generation = _json(files, "generation_config.json", where)
@@ -182,14 +185,65 @@ class Tokenizer:
                 return ids[: index + 1], ends[index]
         return ids, None
 
-    def _encode_after(self, text: str, previous: int) -> tuple[list[int], list[int]]:
+    def encode_spans(self, text: str, previous: int) -> tuple[list[int], list[int]]:
+        """Ids of a text that follows the token `previous`, and for each the number of characters of `text` that must be
+        known to know it. Pieces of one character (UTF-8 bytes) all count the whole character."""
+        whole, continuation, _ = self._exact
+        return self._encode_after(text, previous, whole=whole, continuation=continuation)
+
+    def encode_words(self, text: str) -> tuple[list[int], list[int]]:
+        """The same inside a text, names of special tokens read as words: what somebody writes opens or ends no turn."""
+        encoding = self._exact[2].encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def known(self, ids: Sequence[int] | Int[np.ndarray, " time"]) -> list[int]:
+        """How many characters of decode(ids) are known after each token: those that the tokens so far decode to, too.
+
+        A UTF-8 character whose last bytes are still to come does not count; special tokens have no characters. A
+        decoder may go back on what it wrote (SentencePiece's, when bytes turn out to be no UTF-8).
+        """
+        text = self.decode(ids)
+        context, start, length, done = 0, 0, 0, []  # text[:length] is known before token `start`
+        for index in range(1, len(ids) + 1):
+            # Decoded along with the tokens before, for decoders drop the space before the first word of all.
+            before = self.decode(ids[context:start])
+            window = self.decode(ids[context:index])
+            new = _same_start(window.rstrip("\N{REPLACEMENT CHARACTER}"), before + text[length : length + len(window)])
+            end = length + max(0, new - len(before))
+            done.append(max(end, done[-1] if done else 0))
+            if len(before) < new == len(window):
+                context, start, length = start, index, end
+        return done
+
+    def reads_like(self, other: Tokenizer) -> bool:
+        """Every text becomes the same ids, and this one has no chat template of its own that differs."""
+        return self._fast.to_str() == other._fast.to_str() and self.chat_template in (None, other.chat_template)
+
+    @functools.cached_property
+    def _exact(self) -> tuple[FastTokenizer, FastTokenizer, FastTokenizer]:
+        """For whole texts, for texts that go on, and for these without special tokens. They have no post-processor:
+        that of byte-level tokenizers takes spaces out of the offsets, and so a token would seem to end too early."""
+        state = json.dumps(json.loads(self._fast.to_str()) | {"post_processor": None})
+        whole = FastTokenizer.from_str(state)
+        words = FastTokenizer.from_str(_without_prefix_space(whole).to_str())
+        words.encode_special_tokens = True
+        return whole, _without_prefix_space(whole), words
+
+    def _encode_after(
+        self,
+        text: str,
+        previous: int,
+        *,
+        whole: FastTokenizer | None = None,
+        continuation: FastTokenizer | None = None,
+    ) -> tuple[list[int], list[int]]:
         """Ids and the characters after which they end."""
         lead = self._added.get(previous)
         if lead is not None:  # some tokenizers put a space after a special token, too: encode it along
-            encoding = self._fast.encode(lead + text, add_special_tokens=False)
+            encoding = (whole or self._fast).encode(lead + text, add_special_tokens=False)
             if encoding.ids[:1] == [previous]:
                 return encoding.ids[1:], [end - len(lead) for _, end in encoding.offsets[1:]]
-        encoding = self._continuation.encode(text, add_special_tokens=False)
+        encoding = (continuation or self._continuation).encode(text, add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " time"], *, skip_special_tokens: bool = True) -> str:
@@ -199,6 +253,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of one token by its exact name, or None."""
         return self._fast.token_to_id(token)
+
+    def is_special(self, token_id: int | np.integer) -> bool:
+        """Whether decoding skips the token."""
+        return int(token_id) in self._control
 
     def token(self, token_id: int | np.integer) -> str:
         """The name of an id as the vocabulary spells it."""
@@ -294,6 +352,11 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, where: str) ->
             f"{where}: the tokenizer has id {last} ({tokenizer.token(last)!r}) but the model's vocab_size is "
             f"{model_vocab_size}: use the tokenizer that the model was trained with"
         )
+
+
+def _same_start(a: str, b: str) -> int:
+    """How many characters both begin with."""
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:

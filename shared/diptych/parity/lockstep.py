@@ -131,4 +131,5 @@ def perturb(scored: Scored, seed: int, step: int) -> Scored:
     draws = random.generator(seed, "parity/perturbation", step=step)
     shape = scored.logprobs.shape
     noise = draws.standard_normal((2, *shape)).astype(scored.logprobs.dtype) * PERTURBATION
-    return replace(scored, logprobs=scored.logprobs + noise[0], values=scored.values + noise[1])
+    older = replace(scored.experience, values=scored.experience.values + noise[1])
+    return replace(scored, logprobs=scored.logprobs + noise[0], experience=older)

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from diptych.errors import UserError
+from diptych.recipe.new_model import config_problem, field_problems, new_model
 from diptych.recipe.schema import (
+    AdapterRecipe,
     CheckpointRecipe,
     DataRecipe,
+    ModelRecipe,
     NewModel,
     OptimizerRecipe,
     Recipe,
@@ -64,6 +67,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "rms_norm_eps": POSITIVE,
         "initializer_range": POSITIVE,
     },
+    ModelRecipe: {"balance_coef": NOT_NEGATIVE},
     Source: {"eval_fraction": BELOW_ONE, "limit": AT_LEAST_ONE, "eval_limit": AT_LEAST_ONE},
     DataRecipe: {
         "max_prompt_tokens": AT_LEAST_ONE,
@@ -78,6 +82,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "max_grad_norm": POSITIVE,
         "warmup_steps": NOT_NEGATIVE,
     },
+    AdapterRecipe: {"rank": AT_LEAST_ONE, "alpha": POSITIVE},
     SFTRecipe: _SUPERVISED,
     RewardRecipe: {**_SUPERVISED, "center_coef": NOT_NEGATIVE},
     RLRecipe: {
@@ -179,7 +184,45 @@ def _model_rules(r: Recipe) -> Iterator[Rule]:
     if new is None:
         return
     key = "model.new"
+    faults = list(field_problems(new))
+    for name, message in faults:
+        yield True, (f"{key}.{name}",), message
+    if not faults and new.config is None and new.family == "llama":
+        yield from _llama_rules(new, key)
+    elif not faults and new.config is not None:
+        fault = config_problem(new)
+        faults += [("config", fault)] * (fault is not None)
+        keys = (f"{key}.config", *(f"{key}.config.{name}" for name in new.config))  # an override of one is to blame
+        yield fault is not None, keys, fault or ""
+    if not faults:
+        longest = r.data.max_prompt_tokens + _longest_response(r)
+        positions = new.max_position_embeddings or new_model(new).max_position_embeddings
+        yield (
+            positions < longest,
+            (
+                f"{key}.config" if new.config is not None else f"{key}.max_position_embeddings",
+                "data.max_prompt_tokens",
+                *_RESPONSE_KEYS,
+            ),
+            f"{positions} positions are less than the longest row, {longest} tokens ({_row_sum(r)}); give it more",
+        )
+    yield (
+        r.data.demonstrations.path is None,
+        ("data.demonstrations.path", key),
+        "is not set, and the tokenizer of 'model.new' is trained on the demonstrations; give a JSONL file or task:NAME",
+    )
+    yield (
+        r.rollout.top_k > new.vocab_size,
+        ("rollout.top_k",),
+        f"{r.rollout.top_k} is more than the {new.vocab_size} tokens of model.new.vocab_size; 0 draws from all",
+    )
+
+
+def _llama_rules(new: NewModel, key: str) -> Iterator[Rule]:
     hidden, heads, groups = new.hidden_size, new.num_attention_heads, new.num_key_value_heads
+    assert hidden is not None, "required fields were looked at before"
+    assert heads is not None
+    assert groups is not None
     yield hidden % heads != 0, (f"{key}.hidden_size",), f"{hidden} is not a multiple of num_attention_heads = {heads}"
     yield (
         heads % groups != 0,
@@ -193,22 +236,6 @@ def _model_rules(r: Recipe) -> Iterator[Rule]:
         hidden // heads % 2 != 0,
         (f"{key}.hidden_size", f"{key}.num_attention_heads"),
         f"{hidden} over {heads} heads is {hidden // heads} a head; rotary positions need an even number",
-    )
-    longest = r.data.max_prompt_tokens + _longest_response(r)
-    yield (
-        new.max_position_embeddings < longest,
-        (f"{key}.max_position_embeddings", "data.max_prompt_tokens", *_RESPONSE_KEYS),
-        f"{new.max_position_embeddings} is less than the longest row, {longest} tokens ({_row_sum(r)}); raise it",
-    )
-    yield (
-        r.data.demonstrations.path is None,
-        ("data.demonstrations.path", key),
-        "is not set, and the tokenizer of 'model.new' is trained on the demonstrations; give a JSONL file or task:NAME",
-    )
-    yield (
-        r.rollout.top_k > new.vocab_size,
-        ("rollout.top_k",),
-        f"{r.rollout.top_k} is more than the {new.vocab_size} tokens of model.new.vocab_size; 0 draws from all",
     )
 
 
@@ -325,6 +352,11 @@ def _rl_rules(r: Recipe) -> Iterator[Rule]:
         source, _, name = (target or "").rpartition(":")
         malformed = target is not None and not (source and name.isidentifier())
         yield malformed, (key,), f"{target!r} is not FILE.py:NAME or MODULE:NAME"
+    yield (
+        reward.too_long != "error" and reward.function is not None,
+        ("rl.reward.too_long", "rl.reward.function"),
+        "has no effect with 'rl.reward.function', which reads no tokens; take it away",
+    )
     if "rl" not in r.stages:
         return
     no_reward = reward.model_path is None and reward.function is None and "reward" not in r.stages

@@ -80,6 +80,8 @@ def _type(annotation: Any, limits: dict[str, float], definitions: dict[str, Any]
             definitions[name] = _object(typing.cast(type, inner), definitions)
         return {"$ref": f"#/$defs/{name}"}
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    if origin is dict:
+        return {"type": "object"}
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin is tuple:

@@ -107,6 +107,8 @@ def _check_path(parts: Sequence[str], where: str) -> None:
     """Every part of an override's key exists in the schema."""
     annotation: Any = Recipe
     for index, part in enumerate(parts):
+        if typing.get_origin(annotation) is dict:
+            return  # free-form below
         if not dataclasses.is_dataclass(annotation):
             parent = ".".join(parts[:index])
             raise UserError(f"{where}: {parent!r} is {_expected(annotation)} and has no settings below it")
@@ -146,6 +148,10 @@ def _decode(value: Value, annotation: Any, path: str) -> Any:
     if dataclasses.is_dataclass(inner):
         return _group(value, typing.cast(type, inner), path)
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    if origin is dict:
+        if not isinstance(value.data, Mapping):
+            raise _mismatch(value, inner, path)
+        return {key: _free(child, f"{path}.{key}") for key, child in value.data.items()}
     if origin is Literal:
         for choice in arguments:
             if type(value.data) is type(choice) and value.data == choice:
@@ -181,6 +187,17 @@ def _decode(value: Value, annotation: Any, path: str) -> Any:
     raise _mismatch(value, inner, path, advice)
 
 
+def _free(value: Value, path: str) -> Any:
+    """A value of a free-form mapping: whatever JSON can hold."""
+    if isinstance(value.data, Mapping):
+        return {key: _free(child, f"{path}.{key}") for key, child in value.data.items()}
+    if isinstance(value.data, Sequence) and not isinstance(value.data, str):
+        return [_free(item, f"{path}[{index}]") for index, item in enumerate(value.data)]
+    if isinstance(value.data, float) and not math.isfinite(value.data):
+        raise UserError(f"{value.where}: {path!r}: expected a finite number, got {describe(value)}")
+    return value.data
+
+
 def _mismatch(value: Value, annotation: Any, path: str, advice: str = "") -> UserError:
     return UserError(f"{value.where}: {path!r}: expected {_expected(annotation)}, got {describe(value)}{advice}")
 
@@ -192,6 +209,8 @@ _PLURALS = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or
 def _expected(annotation: Any) -> str:
     """A type in words."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is dict:
+        return "a mapping"
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
@@ -237,7 +256,9 @@ def _keys(cls: type, prefix: str = "") -> Iterator[str]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return recipe_to_dict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 class _Dumper(yaml.SafeDumper):

@@ -7,7 +7,7 @@ are all here. `checks.py` holds the rules between fields; `load.py` reads YAML a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Stage = Literal["sft", "reward", "rl"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -16,26 +16,33 @@ Dialect = Literal["reference", "dschat", "dschat-pad", "openrlhf", "verl", "trl"
 
 @dataclass(frozen=True, kw_only=True)
 class NewModel:
-    """The shape of a Llama-family model that is trained from scratch."""
+    """The shape of a model that is trained from scratch: `family` and the fields that it takes, or `config`."""
 
-    hidden_size: int
-    """Width of the residual stream."""
-    intermediate_size: int
-    """Width of the gated MLP."""
-    num_hidden_layers: int
-    """Decoder layers."""
-    num_attention_heads: int
-    """Query heads."""
-    num_key_value_heads: int
-    """Key and value heads (grouped-query attention where fewer than the query heads)."""
-    max_position_embeddings: int
-    """Longest sequence, prompt and response together, in tokens."""
     vocab_size: int
     """Size of the byte-level BPE vocabulary that is trained on the demonstrations, special tokens included."""
+    config: dict[str, Any] | None = None
+    """The fields of the config.json of any supported family, `model_type` among them, in place of all the settings
+    below; the vocabulary's size and the special tokens' ids are filled in from the trained tokenizer."""
+    family: Literal["llama", "rnn"] = "llama"
+    """Which family the settings below describe; for any other give `config`."""
+    hidden_size: int | None = None
+    """Width of the residual stream; rnn: of the state."""
+    intermediate_size: int | None = None
+    """Width of the gated MLP (llama)."""
+    num_hidden_layers: int | None = None
+    """Layers."""
+    num_attention_heads: int | None = None
+    """Query heads (llama)."""
+    num_key_value_heads: int | None = None
+    """Key and value heads (llama; grouped-query attention where fewer than the query heads)."""
+    max_position_embeddings: int | None = None
+    """Longest sequence, prompt and response together, in tokens."""
+    nonlinearity: Literal["tanh", "relu"] = "tanh"
+    """What the recurrence ends in (rnn)."""
     rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies (llama)."""
     rms_norm_eps: float = 1e-5
-    """Epsilon inside the root of the norms."""
+    """Epsilon inside the root of the norms (llama)."""
     tie_word_embeddings: bool = True
     """Use the embedding matrix as the output projection."""
     initializer_range: float = 0.02
@@ -50,6 +57,9 @@ class ModelRecipe:
     """A Hugging Face model directory (config.json, safetensors, tokenizer)."""
     new: NewModel | None = None
     """The shape of a new model; its tokenizer is trained on the demonstrations."""
+    balance_coef: float | None = None
+    """Weight of the balance loss of a mixture of experts (Fedus et al. 2022), in every stage; null: what config.json
+    asks for, 0 where it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +129,21 @@ class OptimizerRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterRecipe:
+    """A low-rank adapter (LoRA, Hu et al. 2022): W + alpha / rank B A on the named linear layers, without dropout.
+    Saved in PEFT's format beside the model with the adapter merged in."""
+
+    rank: int = 16
+    """Rank of A and B."""
+    alpha: float = 32.0
+    """B A is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Ends of the names of linear layers (`q_proj`, `mlp.down_proj`), each of which must match, or `all-linear`."""
+    path: str | None = None
+    """Go on from this adapter (PEFT's format), which then decides rank, alpha and targets; null: a new one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTRecipe:
     """Supervised fine-tuning: the mean negative log-likelihood of response tokens."""
 
@@ -134,6 +159,8 @@ class SFTRecipe:
     """Rows that go through the model at once; changes memory and speed, never numbers beyond rounding."""
     eval_every: int = 100
     """Optimizer steps between evaluations on held-out rows (also before the first and after the last)."""
+    adapter: AdapterRecipe | None = None
+    """Train a low-rank adapter instead of all weights; null: all weights."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     """The optimizer."""
 
@@ -143,7 +170,8 @@ class RewardRecipe:
     """Reward model: pairwise logistic loss (Bradley and Terry) on the score at the last response token."""
 
     model_path: str | None = None
-    """Model directory to start from; null: what the sft stage left, or `model.path` where it did not run."""
+    """Model directory to start from, of any family and with its own tokenizer; null: what the sft stage left, or
+    `model.path` where it did not run."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     epochs: int = 1
@@ -161,6 +189,8 @@ class RewardRecipe:
     """`reference`: the score at the last response token. `dschat`: DeepSpeed-Chat's mean over diverging positions."""
     eval_every: int = 100
     """Optimizer steps between evaluations on held-out pairs."""
+    adapter: AdapterRecipe | None = None
+    """Train a low-rank adapter instead of all weights; null: all weights."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     """The optimizer."""
 
@@ -174,6 +204,9 @@ class RewardSource:
     function: str | None = None
     """`FILE.py:NAME` (relative to the current directory) or `MODULE:NAME`: f(prompts, responses, rows) -> one float per
     response. prompts and responses are lists of text, rows the prompts' JSON objects."""
+    too_long: Literal["error", "truncate"] = "error"
+    """Where the reward model has another tokenizer than the policy, and a sampled response grows beyond what it takes
+    (its positions, the largest of data.buckets): stop, or leave the response's end unread. Counted and logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +217,9 @@ class RLRecipe:
     policy_path: str | None = None
     """Model directory of the policy and the reference; null: what the sft stage left, or `model.path`."""
     reward: RewardSource = field(default_factory=RewardSource)
-    """The reward. The critic starts from the reward model, or from the policy with a zero head for a function."""
+    """The reward. The critic starts from the reward model, or from the policy with a zero head for a function. A reward
+    model of another family or tokenizer reads the text of rollouts with its own chat template, and so does the
+    critic."""
     evaluation_function: str | None = None
     """A function like `reward.function` that scores held-out answers by the truth; null: held-out answers are scored
     by the reward itself."""
@@ -234,6 +269,10 @@ class RLRecipe:
     """Iterations between evaluations on held-out prompts."""
     eval_prompts: int = 64
     """Held-out prompts of an evaluation, at most."""
+    adapter: AdapterRecipe | None = None
+    """Train a low-rank adapter of the policy instead of all its weights; the reference is the policy without it."""
+    critic_adapter: AdapterRecipe | None = None
+    """The same for the critic; its scalar head is trained in full."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     """The optimizer of policy and critic."""
 
@@ -268,6 +307,9 @@ class LayoutRecipe:
 
     zero: ZeroRecipe = field(default_factory=ZeroRecipe)
     """The torch engine's ZeRO."""
+    remat: Literal["full", "dots", "none"] = "full"
+    """Which activations the JAX engine's backward pass makes again instead of keeping them: all of a layer, all but the
+    results of matrix products, or none. Changes memory and speed, never numbers beyond rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)

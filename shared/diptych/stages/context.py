@@ -13,8 +13,12 @@ from diptych.algorithms.schedules import learning_rate
 from diptych.data.examples import PairExample, PromptExample, Split, TokenExample
 from diptych.data.tokenizer import Tokenizer
 from diptych.engine import Engine, Metrics, Model, ModelSpec, OptimizerSpec
-from diptych.recipe.schema import OptimizerRecipe, Recipe
+from diptych.families.decoder import DecoderConfig
+from diptych.families.family import ModelConfig
+from diptych.recipe.schema import AdapterRecipe, OptimizerRecipe, Recipe
 from diptych.run.directory import RunDirectory
+from diptych.stages.adapters import merged_weights, start_adapter
+from diptych.weights.adapters import Adapter, write_adapter
 from diptych.weights.huggingface import Checkpoint, write_checkpoint
 
 NUM_SAMPLES = 6  # answers shown in the report before and after a stage
@@ -33,7 +37,10 @@ class Datasets:
 class StageContext:
     """A run in progress.
 
-    model_directories: the input of each stage by role ("sft", "reward", "policy", "reward_model").
+    model_directories: the input of each stage by role ("sft", "reward", "policy", "reward_model"). tokenizers,
+    tokenizer_directories: what each role reads with, and where its files are; sft and policy have the same. reader:
+    how a reward model with another tokenizer reads rollouts (`reading.TextReading`); None where it takes the policy's
+    tokens.
 
     resume: go on from the newest checkpoint of the stage where there is one.
     """
@@ -41,16 +48,53 @@ class StageContext:
     recipe: Recipe
     engine: Engine
     run: RunDirectory
-    tokenizer: Tokenizer
-    tokenizer_directory: Path
+    tokenizers: Mapping[str, Tokenizer]
+    tokenizer_directories: Mapping[str, Path]
     datasets: Datasets
     model_directories: Mapping[str, Path] = field(default_factory=dict)
+    reader: Callable[..., Any] | None = None
     resume: bool = False
 
-    def model(self, checkpoint: Checkpoint, *, optimizer: OptimizerSpec | None, micro_batch_size: int) -> Model:
-        """Put a checkpoint on the accelerator, to be trained where `optimizer` is given."""
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The policy's; of a run that trains a reward model only, that model's."""
+        return self.tokenizers[self._main]
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        return self.tokenizer_directories[self._main]
+
+    @property
+    def _main(self) -> str:
+        return next(role for role in ("policy", "sft", "reward") if role in self.tokenizers)
+
+    def balance(self, model: ModelConfig) -> float:
+        """The weight of the router's balance loss for a model: the recipe's, else its config.json's; 0 without
+        experts."""
+        experts = model.experts if isinstance(model, DecoderConfig) else None
+        if experts is None:
+            return 0.0
+        wanted = self.recipe.model.balance_coef
+        return experts.balance_coef if wanted is None else wanted
+
+    def model(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        optimizer: OptimizerSpec | None,
+        micro_batch_size: int,
+        adapter: AdapterRecipe | None = None,
+    ) -> Model:
+        """Put a checkpoint on the accelerator, to be trained where `optimizer` is given: an adapter of it, or all."""
+        started = None
+        if adapter is not None:
+            checkpoint, started = start_adapter(
+                adapter, checkpoint, seed=self.recipe.seed, precision=self.recipe.precision
+            )
         return self.engine.model(
             ModelSpec(
+                adapter=None if started is None else started.spec,
+                adapter_weights={} if started is None else started.weights,
                 config=checkpoint.config,
                 weights=checkpoint.weights,
                 head=checkpoint.head,
@@ -60,16 +104,31 @@ class StageContext:
             )
         )
 
-    def save_model(self, name: str, like: Checkpoint, weights: Mapping[str, Any]) -> Path:
-        """Write models/NAME with `like`'s config, these weights and the run's tokenizer."""
+    def save_trained(self, name: str, like: Checkpoint, model: Model, *, role: str, ema: bool = False) -> None:
+        """Leave what was trained (or its average): models/NAME whole, and of an adapter models/NAME-adapter too."""
+        spec = model.spec.adapter
+        if spec is None:
+            self.save_model(name, like, model.ema_weights() if ema else model.weights(), role=role)
+            return
+        adapter = Adapter(spec=spec, weights=model.ema_weights() if ema else model.adapter_weights())
+        write_adapter(
+            self.run.model_path(f"{name}-adapter"), adapter, like.model, like.head,
+            base=str(self.model_directories[role]), tokenizer_directory=self.tokenizer_directories[role],
+        )  # fmt: skip
+        self.save_model(name, like, merged_weights(like, spec, model.weights(), adapter.weights), role=role)
+
+    def save_model(self, name: str, like: Checkpoint, weights: Mapping[str, Any], *, role: str) -> Path:
+        """Write models/NAME with `like`'s config, these weights and the tokenizer of the role that it started from."""
         directory = self.run.model_path(name)
+        tokenizer = self.tokenizers[role]
+        ends = tokenizer.eos_token_ids  # Llama 3 has several
         tokens = {
-            "eos_token_id": self.tokenizer.eos_token_id,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
         }
         checkpoint = replace(like, config=like.config | tokens, weights=dict(weights))
-        write_checkpoint(directory, checkpoint, tokenizer_directory=self.tokenizer_directory)
+        write_checkpoint(directory, checkpoint, tokenizer_directory=self.tokenizer_directories[role])
         return directory
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +17,22 @@ from diptych.data.tasks import generate, write_jsonl
 from diptych.data.tokenizer import Tokenizer, check_vocabulary
 from diptych.engine import EngineSettings, load_engine
 from diptych.errors import UserError
+from diptych.families.decoder import DecoderConfig
+from diptych.families.family import ModelConfig, read_model
 from diptych.recipe.checks import check_recipe
+from diptych.recipe.new_model import new_model_config
 from diptych.recipe.schema import NewModel, Recipe, Source, Stage
 from diptych.rewards.function import load_function
 from diptych.run.directory import RunDirectory
 from diptych.run.environment import describe_environment
 from diptych.run.report import write_report
 from diptych.stages.context import Datasets, StageContext
+from diptych.stages.reading import TextReading
 from diptych.stages.reward import run_reward
 from diptych.stages.rl import run_rl
 from diptych.stages.rollout import sampling_of
 from diptych.stages.sft import run_sft
 from diptych.weights.huggingface import check_checkpoint, initial_checkpoint, read_config, write_checkpoint
-from diptych.weights.llama import parse_config
 
 STAGES: Mapping[Stage, Callable[[StageContext], dict[str, Any]]] = {
     "sft": run_sft,
@@ -68,16 +70,21 @@ def prepare(
     """Everything that `run_recipe` does before its first stage: check, read, start the engine, make the directory."""
     stages = tuple(stages or recipe.stages)
     check_recipe(recipe, where=recipe.name)
-    engine = load_engine(engine_name, EngineSettings(precision=recipe.precision, zero_stage=recipe.layout.zero.stage))
+    settings = EngineSettings(
+        precision=recipe.precision, zero_stage=recipe.layout.zero.stage, remat=recipe.layout.remat
+    )
+    engine = load_engine(engine_name, settings)
     with tempfile.TemporaryDirectory(prefix="diptych-") as scratch:
         base, is_new = _base_model(recipe, output, Path(scratch))
         models = input_models(recipe, stages, output, base)
-        tokenizer_directory = models.get("policy", base) if "sft" not in stages else base
-        tokenizer = Tokenizer.load(tokenizer_directory)
-        _check_models(models, tokenizer, tokenizer_directory)
-        datasets = _read_data(recipe, stages, tokenizer, tokenizer_directory)
+        origins = _origins(models, stages, output)
+        loaded = {directory: Tokenizer.load(directory) for directory in dict.fromkeys(origins.values())}
+        tokenizers = {role: loaded[directory] for role, directory in origins.items()}
+        configs = _check_models(recipe, models, origins, tokenizers)
+        reader = _reader(recipe, configs, tokenizers)
+        datasets = _read_data(recipe, stages, configs, tokenizers, reader)
         if "rl" in stages:
-            sampling_of(recipe, tokenizer)
+            sampling_of(recipe, tokenizers["policy"])
             for target in (recipe.rl.reward.function, recipe.rl.evaluation_function):
                 if target is not None:
                     load_function(target)
@@ -89,36 +96,41 @@ def prepare(
             resume=resume,
             stages=stages,
         )
-        if is_new and not run.model_path("base").exists():
+        if is_new and base is not None and not run.model_path("base").exists():
             partial = run.model_path("base.partial")
             shutil.copytree(base, partial, dirs_exist_ok=True)
             partial.rename(run.model_path("base"))
     _leave_generated_data(recipe, stages, run)
     if is_new:  # the scratch folder is gone; its contents live in the run
-        models = {role: run.model_path("base") if path == base else path for role, path in models.items()}
-        tokenizer_directory = run.model_path("base") if tokenizer_directory == base else tokenizer_directory
+        models, origins = (
+            {role: run.model_path("base") if path == base else path for role, path in paths.items()}
+            for paths in (models, origins)
+        )
     return StageContext(
         recipe=recipe,
         engine=engine,
         run=run,
-        tokenizer=tokenizer,
-        tokenizer_directory=tokenizer_directory,
+        tokenizers=tokenizers,
+        tokenizer_directories=origins,
         datasets=datasets,
         model_directories=models,
+        reader=reader,
         resume=resume,
     )
 
 
-def _base_model(recipe: Recipe, output: Path, scratch: Path) -> tuple[Path, bool]:
-    """The directory of the model that everything starts from, and whether it is a new one (made in `scratch`)."""
+def _base_model(recipe: Recipe, output: Path, scratch: Path) -> tuple[Path | None, bool]:
+    """The directory of the model that everything starts from, and whether it is a new one (made in `scratch`). None
+    where every stage names its own."""
     if recipe.model.path is not None:
         directory = Path(recipe.model.path)
         read_config(directory)
         return directory, False
+    if recipe.model.new is None:
+        return None, False
     existing = output / "models" / "base"
     if existing.is_dir():  # RunDirectory.create checks that it belongs to this recipe
         return existing, False
-    assert recipe.model.new is not None, "checked with the recipe"
     base = scratch / "base"
     tokenizer_directory = scratch / "tokenizer"
     tokenizer_directory.mkdir()
@@ -130,37 +142,31 @@ def _base_model(recipe: Recipe, output: Path, scratch: Path) -> tuple[Path, bool
 
 
 def new_config(new: NewModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config.json of a new Llama-family model."""
-    shape = asdict(new)
-    theta = shape.pop("rope_theta")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **shape,
-        "head_dim": new.hidden_size // new.num_attention_heads,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "use_cache": True,
+    """The config.json of a new model."""
+    return new_model_config(new) | {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
 
 
-def input_models(recipe: Recipe, stages: Sequence[Stage], output: Path, base: Path) -> dict[str, Path]:
+def input_models(recipe: Recipe, stages: Sequence[Stage], output: Path, base: Path | None) -> dict[str, Path]:
     """The input directory of each role. What an earlier stage of this call will leave need not exist yet."""
     sft, reward = output / "models" / "sft", output / "models" / "reward"
     tuned = sft if "sft" in stages or sft.is_dir() else base
+
+    def given(path: str | None, default: Path | None) -> Path:
+        chosen = default if path is None else Path(path)
+        assert chosen is not None, "the recipe was checked for a model"
+        return chosen
+
     models: dict[str, Path] = {}
     if "sft" in stages:
-        models["sft"] = base
+        models["sft"] = given(None, base)
     if "reward" in stages:
-        models["reward"] = Path(recipe.reward.model_path) if recipe.reward.model_path else tuned
+        models["reward"] = given(recipe.reward.model_path, tuned)
     if "rl" in stages:
-        models["policy"] = Path(recipe.rl.policy_path) if recipe.rl.policy_path else tuned
+        models["policy"] = given(recipe.rl.policy_path, tuned)
         if recipe.rl.reward.function is None:
             models["reward_model"] = Path(recipe.rl.reward.model_path) if recipe.rl.reward.model_path else reward
             if models["reward_model"] == reward and "reward" not in stages and not reward.is_dir():
@@ -171,21 +177,54 @@ def input_models(recipe: Recipe, stages: Sequence[Stage], output: Path, base: Pa
     return models
 
 
-def _check_models(models: Mapping[str, Path], tokenizer: Tokenizer, tokenizer_directory: Path) -> None:
-    """Every input model that exists already fits the family and the run's tokenizer."""
-    ours = (tokenizer_directory / "tokenizer.json").read_bytes()
+def _origins(models: Mapping[str, Path], stages: Sequence[Stage], output: Path) -> dict[str, Path]:
+    """The directory that each role's tokenizer and config.json come from: its own, or, where an earlier stage of this
+    call makes that, the one that the stage starts from."""
+    origins: dict[str, Path] = {}
     for role, directory in models.items():
-        if not directory.is_dir() and directory.parent.name == "models":
-            continue  # an earlier stage of this run makes it
-        config = parse_config(read_config(directory), where=str(directory / "config.json"))
-        check_vocabulary(tokenizer, config.vocab_size, where=str(directory))
-        check_checkpoint(directory)
-        theirs = directory / "tokenizer.json"
-        if theirs.is_file() and theirs.read_bytes() != ours:
+        maker = next((stage for stage in ("sft", "reward") if directory == output / "models" / stage), None)
+        origins[role] = origins[maker] if maker is not None and maker in stages else directory
+    return origins
+
+
+def _check_models(
+    recipe: Recipe, models: Mapping[str, Path], origins: Mapping[str, Path], tokenizers: Mapping[str, Tokenizer]
+) -> dict[str, ModelConfig]:
+    """Every input model that exists already fits its family and its tokenizer. Returns what each role computes."""
+    configs: dict[str, ModelConfig] = {}
+    for role, directory in origins.items():
+        configs[role] = read_model(read_config(directory), where=str(directory / "config.json"))
+        check_vocabulary(tokenizers[role], configs[role].vocab_size, where=str(directory))
+        if directory == models[role]:
+            check_checkpoint(directory)
+    if "sft" in configs and "policy" in configs and not tokenizers["policy"].reads_like(tokenizers["sft"]):
+        raise UserError(
+            f"{models['policy']}: the policy has another tokenizer than {models['sft']}, which sft trains: the data of "
+            "one run is written in one of them; run the stages apart"
+        )
+    with_experts = [role for role, model in configs.items() if isinstance(model, DecoderConfig) and model.experts]
+    if recipe.model.balance_coef is not None and not with_experts:
+        raise UserError(
+            f"model.balance_coef: no model of this run is a mixture of experts ({', '.join(map(str, origins.values()))}"
+            "): take it away"
+        )
+    return configs
+
+
+def _reader(
+    recipe: Recipe, configs: Mapping[str, ModelConfig], tokenizers: Mapping[str, Tokenizer]
+) -> TextReading | None:
+    """How the reward model reads rollouts where it has another tokenizer than the policy; None where it takes the
+    policy's tokens."""
+    foreign = "reward_model" in tokenizers and not tokenizers["reward_model"].reads_like(tokenizers["policy"])
+    if not foreign:
+        if recipe.rl.reward.too_long != "error" and "reward_model" in tokenizers:
             raise UserError(
-                f"{theirs}: the {role} model has another tokenizer than {tokenizer_directory}; "
-                f"all models of a run share one tokenizer"
+                "rl.reward.too_long has no effect where the reward model has the policy's tokenizer: take it away"
             )
+        return None
+    positions = configs["reward_model"].max_position_embeddings
+    return TextReading(recipe, tokenizers["policy"], tokenizers["reward_model"], max_positions=positions)
 
 
 def _leave_generated_data(recipe: Recipe, stages: Sequence[Stage], run: RunDirectory) -> None:
@@ -199,15 +238,48 @@ def _leave_generated_data(recipe: Recipe, stages: Sequence[Stage], run: RunDirec
             write_jsonl(generate(name, kind, count=source.limit, seed=recipe.seed), path)
 
 
-def _read_data(recipe: Recipe, stages: Sequence[Stage], tokenizer: Tokenizer, model_directory: Path) -> Datasets:
-    max_positions = parse_config(read_config(model_directory)).max_position_embeddings
-    readers = {"sft": load_demonstrations, "reward": load_preferences, "rl": load_prompts}
+def _read_data(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    configs: Mapping[str, ModelConfig],
+    tokenizers: Mapping[str, Tokenizer],
+    reader: TextReading | None,
+) -> Datasets:
+    """The data of every stage in the tokens of the model that it trains."""
     splits: dict[str, Any] = {}
+    main = next(role for role in ("policy", "sft", "reward") if role in tokenizers)
     for stage in stages:
-        split = readers[stage](recipe.data, tokenizer, seed=recipe.seed, max_positions=max_positions)
+        role = "policy" if stage == "rl" else stage
+        options: dict[str, Any] = {"seed": recipe.seed, "max_positions": configs[role].max_position_embeddings}
+        if stage == "sft":
+            split = load_demonstrations(recipe.data, tokenizers[role], **options)
+        elif stage == "reward":
+            foreign = not tokenizers[role].reads_like(tokenizers[main])
+            split = load_preferences(recipe.data, tokenizers[role], foreign=foreign, **options)
+        else:
+            split = load_prompts(recipe.data, tokenizers[role], **options)
+            split = split if reader is None else reader.fit(split, recipe.data.too_long)
+            _check_positions(recipe, split.report["longest_prompt"], configs, reader)
         if not split.train:
             raise UserError(f"data.{SOURCES[stage]}: nothing left to train on ({split.report})")
         if not split.held_out:
             raise UserError(f"data.{SOURCES[stage]}: no held-out rows: raise eval_fraction or give eval_path")
         splits[SOURCES[stage]] = split
     return Datasets(**splits)
+
+
+def _check_positions(
+    recipe: Recipe, longest_prompt: int, configs: Mapping[str, ModelConfig], reader: TextReading | None
+) -> None:
+    """The longest prompt and a response of full length fit every model that reads the policy's tokens."""
+    longest = longest_prompt + recipe.rollout.max_new_tokens
+    for role in ("policy", "reward_model"):
+        if role not in configs or (role == "reward_model" and reader is not None):
+            continue
+        positions = configs[role].max_position_embeddings
+        if longest > positions:
+            raise UserError(
+                f"rollout.max_new_tokens: the longest prompt of {longest_prompt} tokens and "
+                f"{recipe.rollout.max_new_tokens} new ones do not fit the {positions} positions of the "
+                f"{role.replace('_', ' ')}: lower it, or data.max_prompt_tokens"
+            )

@@ -25,16 +25,20 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     checkpoint = read_checkpoint(context.model_directories["reward"], precision=recipe.precision)
     if checkpoint.head == "lm":
         checkpoint = with_scalar_head(checkpoint, seed=recipe.seed)
+    tokenizer = context.tokenizers["reward"]
     dschat = settings.dialect == "dschat"
     model = context.model(
-        checkpoint, optimizer=optimizer_spec(settings.optimizer), micro_batch_size=2 * settings.micro_batch_size
+        checkpoint,
+        optimizer=optimizer_spec(settings.optimizer),
+        micro_batch_size=2 * settings.micro_batch_size,
+        adapter=settings.adapter,
     )
 
     def make_batch(pairs: Sequence[PairExample]) -> TrainBatch:
         return pair_batch(
             pairs,
             buckets=recipe.data.buckets,
-            pad_token_id=context.tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             multiple_of=settings.micro_batch_size,
             span=dschat,
         )
@@ -43,6 +47,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         function=dschat_reward_loss if dschat else pairwise_reward_loss,
         reads="scores",
         options=(("center_coef", settings.center_coef),),
+        balance=context.balance(checkpoint.model),
     )
     supervision = Supervision(
         stage="reward",
@@ -65,7 +70,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     _show_scores(context, model, shown, make_batch, when="before")
     result = train(context, supervision)
     _show_scores(context, model, shown, make_batch, when="after")
-    context.save_model("reward", checkpoint, model.weights())
+    context.save_trained("reward", checkpoint, model, role="reward")
     return {
         "eval_loss_first": result.first["eval/loss"],
         "eval_loss_last": result.last["eval/loss"],
@@ -80,15 +85,15 @@ def _show_scores(context: StageContext, model: Model, pairs: Sequence[PairExampl
     """Held-out pairs with their scores, for the report."""
     if not pairs:
         return
-    batch = make_batch(pairs)
+    batch, tokenizer = make_batch(pairs), context.tokenizers["reward"]
     scores = np.sum(model.scores(batch.tokens) * batch.arrays["end_mask"], axis=1)
     samples = []
     for index, pair in enumerate(pairs):
-        prompt = prompt_of(pair.chosen, context.tokenizer)
+        prompt = prompt_of(pair.chosen, tokenizer)
         for which, example, score in (
             ("chosen", pair.chosen, scores[2 * index]),
             ("rejected", pair.rejected, scores[2 * index + 1]),
         ):
-            response = context.tokenizer.decode(example.tokens[len(prompt.tokens) :].tolist())
+            response = tokenizer.decode(example.tokens[len(prompt.tokens) :].tolist())
             samples.append({"prompt": prompt.text, "response": f"[{which}] {response}", "score": float(score)})
     context.run.add_samples("reward", when, samples)

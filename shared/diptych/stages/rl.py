@@ -26,6 +26,7 @@ from diptych.errors import InvariantError
 from diptych.rewards.function import call, load_function
 from diptych.run.metrics import MetricsLogger
 from diptych.run.progress import Progress
+from diptych.stages.adapters import BelowAdapter
 from diptych.stages.context import (
     NUM_SAMPLES,
     Clock,
@@ -36,21 +37,24 @@ from diptych.stages.context import (
     schedule,
 )
 from diptych.stages.invariants import check_first_ratio, check_reference, check_sampler_gap
+from diptych.stages.reading import Reader, Reading, own_reading
 from diptych.stages.rollout import Rollout, roll_out, sampling_of
 from diptych.weights.huggingface import Checkpoint, read_checkpoint, with_scalar_head
 
-Scorer = Callable[[Rollout, Sequence[PromptExample]], Float[np.ndarray, " rows"]]
+Scorer = Callable[[Rollout, Reading, Sequence[PromptExample]], Float[np.ndarray, " rows"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The four models. reward is None where a function rewards; evaluate scores held-out answers."""
+    """The models. score: the reward model or function; evaluate: scores held-out answers; read: how reward model and
+    critic see a rollout."""
 
     policy: Model
-    reference: Model
+    reference: Model | BelowAdapter
     critic: Model
     score: Scorer
     evaluate: Scorer
+    read: Reader
     policy_checkpoint: Checkpoint
     critic_checkpoint: Checkpoint
 
@@ -60,6 +64,7 @@ class Scored:
     """A rollout with everything that was computed about it; arrays [rows, new], response-aligned."""
 
     rollout: Rollout
+    reading: Reading
     logprobs: np.ndarray
     ref_logprobs: np.ndarray
     values: np.ndarray
@@ -94,6 +99,7 @@ def run_rl(context: StageContext) -> dict[str, Any]:
     before: Metrics = progress.get("eval_before", {})
     latest: Metrics = progress.get("eval_latest", {})
     last_kl = float(progress.get("kl", 0.0))
+    truncated = int(progress.get("truncated_readings", 0))
     held_out = split.held_out[: settings.eval_prompts]
 
     with (
@@ -108,6 +114,7 @@ def run_rl(context: StageContext) -> dict[str, Any]:
             metrics, tokens = ppo.iterate(prompts, iteration)
             generated += tokens
             last_kl = metrics["objective/kl"]
+            truncated += int(metrics.get("reading/truncated", 0))
             done = iteration + 1
             if done % settings.eval_every == 0 or done == settings.iterations:
                 when = "after" if done == settings.iterations else None
@@ -127,14 +134,17 @@ def run_rl(context: StageContext) -> dict[str, Any]:
                     "eval_before": before,
                     "eval_latest": latest,
                     "kl": last_kl,
+                    "truncated_readings": truncated,
                 }
                 save_training_state(context, "rl", done, trained, state)
 
-    context.save_model("rl", models.policy_checkpoint, models.policy.weights())
-    context.save_model("rl-critic", models.critic_checkpoint, models.critic.weights())
+    context.save_trained("rl", models.policy_checkpoint, models.policy, role="policy")
+    origin = "reward_model" if "reward_model" in context.model_directories else "policy"
+    context.save_trained("rl-critic", models.critic_checkpoint, models.critic, role=origin)
     if settings.ema_decay is not None:
-        context.save_model("rl-ema", models.policy_checkpoint, models.policy.ema_weights())
-    return {
+        context.save_trained("rl-ema", models.policy_checkpoint, models.policy, role="policy", ema=True)
+    read = {} if context.reader is None else {"reward_reads": "retokenised text", "truncated_readings": truncated}
+    return read | {
         "eval_score_before": before["eval/score"],
         "eval_score_after": latest["eval/score"],
         "eval_reward_before": before["eval/reward"],
@@ -164,28 +174,37 @@ def build_models(context: StageContext) -> Models:
         assert settings.reward.function is not None, "checked with the recipe"
         score = _function_scorer(settings.reward.function)
     evaluation = settings.evaluation_function
+    policy = context.model(
+        policy_checkpoint,
+        optimizer=optimizer_spec(settings.optimizer, ema_decay=settings.ema_decay),
+        micro_batch_size=rows,
+        adapter=settings.adapter,
+    )
+    if settings.adapter is not None and settings.adapter.path is None:
+        reference = BelowAdapter(policy)  # a new adapter changes nothing: below it is what the policy starts as
+    else:
+        reference = context.model(policy_checkpoint, optimizer=None, micro_batch_size=rows, adapter=settings.adapter)
     return Models(
-        policy=context.model(
-            policy_checkpoint,
-            optimizer=optimizer_spec(settings.optimizer, ema_decay=settings.ema_decay),
-            micro_batch_size=rows,
+        policy=policy,
+        reference=reference,
+        critic=context.model(
+            critic_checkpoint, optimizer=optimizer, micro_batch_size=rows, adapter=settings.critic_adapter
         ),
-        reference=context.model(policy_checkpoint, optimizer=None, micro_batch_size=rows),
-        critic=context.model(critic_checkpoint, optimizer=optimizer, micro_batch_size=rows),
         score=score,
         evaluate=_function_scorer(evaluation) if evaluation else score,
+        read=context.reader or own_reading,
         policy_checkpoint=policy_checkpoint,
         critic_checkpoint=critic_checkpoint,
     )
 
 
 def _model_scorer(reward: Model) -> Scorer:
-    return lambda rollout, _prompts: rollout.end_scores(reward.scores(rollout.tokens))
+    return lambda _rollout, reading, _prompts: reading.end_scores(reward.scores(reading.tokens))
 
 
 def _function_scorer(target: str) -> Scorer:
     function = load_function(target)
-    return lambda rollout, prompts: call(
+    return lambda rollout, _reading, prompts: call(
         function, [prompt.text for prompt in prompts], rollout.texts, [prompt.data for prompt in prompts]
     )
 
@@ -210,11 +229,13 @@ class PPO:
             options=(("clip_range", settings.clip_range),),
             temperature=self.sampling.scoring_temperature,
             entropy=True,
+            balance=context.balance(models.policy_checkpoint.model),
         )
         self.value_loss = Loss(
             function=ppo_value_loss,
             reads="scores",
             options=(("value_clip_range", settings.value_clip_range), ("value_coef", settings.value_coef)),
+            balance=context.balance(models.critic_checkpoint.model),
         )
 
     def prompts(self, train: Sequence[PromptExample], iteration: int) -> list[PromptExample]:
@@ -260,10 +281,12 @@ class PPO:
         temperature = self.sampling.scoring_temperature
         logprobs = rollout.of_response(models.policy.logprobs(rollout.tokens, temperature=temperature))
         ref_logprobs = rollout.of_response(models.reference.logprobs(rollout.tokens, temperature=temperature))
-        values = rollout.of_state(models.critic.scores(rollout.tokens))
-        scores = np.asarray(models.score(rollout, prompts), dtype=logprobs.dtype)
+        reading = models.read(rollout, prompts)
+        values = reading.values(models.critic.scores(reading.tokens))
+        scores = np.asarray(models.score(rollout, reading, prompts), dtype=logprobs.dtype)
         return Scored(
             rollout=rollout,
+            reading=reading,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             values=values,
@@ -309,6 +332,7 @@ class PPO:
                 critic["grad_norm/critic"] = critic.pop("grad_norm")
                 policy.pop("loss")
                 critic.pop("loss")
+                critic = {f"{name}_critic" if name.startswith("router/") else name: critic[name] for name in critic}
                 per_step.append(policy | critic | {"lr": self.policy_rate(step), "lr_critic": self.critic_rate(step)})
         first_deviation = per_step[0]["policy/ratio_deviation_max"]
         deviation = max(metrics["policy/ratio_deviation_max"] for metrics in per_step)
@@ -331,12 +355,12 @@ class PPO:
         )
 
     def value_batch(self, scored: Scored, rows: np.ndarray) -> TrainBatch:
-        """State-aligned arrays of the value loss."""
-        made, rollout = scored.experience, scored.rollout
+        """The critic's tokens, and the arrays of the value loss in the policy's columns: one for each of its states."""
+        made, rollout, reading = scored.experience, scored.rollout, scored.reading
         mask = made.value_mask.astype(scored.values.dtype)
-        arrays = {"old_values": made.values, "returns": made.returns, "mask": mask}
+        arrays = {"columns": reading.columns, "old_values": made.values, "returns": made.returns, "mask": mask}
         return TrainBatch(
-            tokens=rollout.tokens.take(rows),
+            tokens=reading.tokens.take(rows),
             arrays={name: rollout.at_state(value)[rows] for name, value in arrays.items()},
             denominators={"num_tokens": float(mask[rows].sum())},
         )
@@ -349,7 +373,7 @@ class PPO:
         gap = np.where(mask, np.abs(done.logprobs - scored.logprobs), 0.0)
         kl = (scored.logprobs - scored.ref_logprobs)[mask]
         penalty = -self.settings.kl_coef * made.kl_per_response
-        return {
+        return scored.reading.metrics | {
             "objective/kl": float(np.where(mask, scored.logprobs - scored.ref_logprobs, 0.0).sum(axis=1).mean()),
             "objective/kl_k3_per_token": float(np.mean(np.exp(-kl) - 1 + kl)),
             "objective/entropy": float(-(np.where(mask, scored.logprobs, 0.0)).sum(axis=1).mean()),
@@ -380,8 +404,9 @@ class PPO:
         logprobs = rollout.of_response(self.models.policy.logprobs(rollout.tokens, temperature=temperature))
         reference = rollout.of_response(self.models.reference.logprobs(rollout.tokens, temperature=temperature))
         mask = rollout.completions.mask
-        truth = self.models.evaluate(rollout, held_out)
-        rewards = self.models.score(rollout, held_out)
+        reading = self.models.read(rollout, held_out)
+        truth = self.models.evaluate(rollout, reading, held_out)
+        rewards = self.models.score(rollout, reading, held_out)
         if when is not None:
             samples = [
                 {"prompt": prompt.text, "response": text, "score": float(score)}

@@ -36,10 +36,6 @@ class Rollout:
         """Token-aligned columns of the responses."""
         return columns[:, self.tokens.first :]
 
-    def of_state(self, columns: Float[np.ndarray, "rows time"]) -> Float[np.ndarray, "rows new"]:
-        """Scores of the state *before* each response token (the column of the token that precedes it)."""
-        return columns[:, self.tokens.first - 1 : -1]
-
     def at_response(self, values: np.ndarray) -> np.ndarray:
         """The inverse of `of_response`: full-width columns, 0 elsewhere."""
         columns = np.zeros(self.tokens.tokens.shape, values.dtype)
@@ -47,15 +43,10 @@ class Rollout:
         return columns
 
     def at_state(self, values: np.ndarray) -> np.ndarray:
-        """The inverse of `of_state`: full-width columns, 0 elsewhere."""
+        """Response-aligned values in the column before each response token, where its state is; 0 elsewhere."""
         columns = np.zeros(self.tokens.tokens.shape, values.dtype)
         columns[:, self.tokens.first - 1 : -1] = values
         return columns
-
-    def end_scores(self, scores: Float[np.ndarray, "rows time"]) -> Float[np.ndarray, " rows"]:
-        """The score at each row's last response token."""
-        last = self.tokens.first + self.completions.mask.sum(axis=1) - 1
-        return scores[np.arange(len(last)), last]
 
 
 def sampling_of(recipe: Recipe, tokenizer: Tokenizer) -> Sampling:

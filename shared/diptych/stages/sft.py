@@ -14,8 +14,6 @@ from diptych.stages.rollout import prompt_of, sample_texts
 from diptych.stages.supervised import Supervision, train
 from diptych.weights.huggingface import read_checkpoint
 
-LOSS = Loss(function=sft_loss, reads="logprobs")
-
 
 def run_sft(context: StageContext) -> dict[str, Any]:
     """Fine-tune the model, leave it in models/sft, and return the stage's summary."""
@@ -24,7 +22,10 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     assert split is not None, "the pipeline reads the data of every stage that it runs"
     checkpoint = read_checkpoint(context.model_directories["sft"], precision=recipe.precision)
     model = context.model(
-        checkpoint, optimizer=optimizer_spec(settings.optimizer), micro_batch_size=settings.micro_batch_size
+        checkpoint,
+        optimizer=optimizer_spec(settings.optimizer),
+        micro_batch_size=settings.micro_batch_size,
+        adapter=settings.adapter,
     )
 
     def make_batch(examples: Sequence[TokenExample]) -> TrainBatch:
@@ -40,7 +41,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
         stage="sft",
         settings=settings,
         model=model,
-        loss=LOSS,
+        loss=Loss(function=sft_loss, reads="logprobs", balance=context.balance(checkpoint.model)),
         train=split.train,
         held_out=split.held_out,
         make_batch=make_batch,
@@ -50,7 +51,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     sample_texts(context, model, prompts, stage="sft", when="before")
     result = train(context, supervision)
     sample_texts(context, model, prompts, stage="sft", when="after")
-    context.save_model("sft", checkpoint, model.weights())
+    context.save_trained("sft", checkpoint, model, role="sft")
     return {
         "eval_loss_first": result.first["eval/loss"],
         "eval_loss_last": result.last["eval/loss"],

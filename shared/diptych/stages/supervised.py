@@ -95,13 +95,15 @@ def train(context: StageContext, supervision: Supervision) -> SupervisedResult:
 
 
 def evaluate(supervision: Supervision) -> Metrics:
-    """The loss's numbers over all held-out examples, with one denominator for all of them."""
+    """The loss's numbers over all held-out examples, with one denominator for all of them. The balance of experts is a
+    means of training and no part of them."""
+    loss = replace(supervision.loss, balance=0.0)
     size = supervision.settings.batch_size
     held_out = supervision.held_out
     batches = [supervision.make_batch(held_out[i : i + size]) for i in range(0, len(held_out), size)]
     total = sum(batch.denominators[supervision.denominator] for batch in batches)
     parts = [
-        supervision.model.evaluate(supervision.loss, replace(batch, denominators={supervision.denominator: total}))
+        supervision.model.evaluate(loss, replace(batch, denominators={supervision.denominator: total}))
         for batch in batches
     ]
     metrics = add_metrics(parts)

@@ -1,151 +1,156 @@
-"""Hugging Face model directories, read and written: config.json, safetensors, tokenizer, generation config.
+"""Hugging Face model directories, read and written: config.json, safetensors, tokenizer, generation config, model card.
 
-A directory is checked against the family's own list of tensors: a missing, left-over or misshapen tensor is an error.
-What a stage writes loads in `AutoModelForCausalLM` or `AutoModelForSequenceClassification`, and in the other engine.
+A directory is checked against the family's own list of tensors, from headers alone: a missing, left-over or misshapen
+tensor is an error. Tensors are read when they are looked up and written one by one, so that the whole model need never
+be in host memory. What is written loads in `AutoModelForCausalLM` or `AutoModelForSequenceClassification`, and in the
+other engine.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import ml_dtypes  # noqa: F401 (registers bfloat16 with NumPy, which safetensors then reads)
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from diptych import random
-from diptych.engine import Head, Precision, Tensors
+from diptych.engine import Head, Precision
 from diptych.errors import UserError
-from diptych.weights.llama import LlamaConfig, parse_config, tensor_shapes
+from diptych.families.family import ModelConfig, family, initial_value, read_model, tensor_rules, tensor_shapes
+from diptych.weights.card import Provenance, model_card, read_provenance
+from diptych.weights.contents import Contents, misfits, read_config, read_contents, tied_copy_differs
+from diptych.weights.files import DTYPES, INDEX, SINGLE, plan_shards, write_tensors
+from diptych.weights.tensors import LazyTensors, tensor_dtypes_of, tensor_shapes_of
 
+__all__ = [
+    "Checkpoint", "check_checkpoint", "check_tensors", "initial_checkpoint", "read_checkpoint", "read_config",
+    "with_scalar_head", "write_checkpoint",
+]  # fmt: skip
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+MAX_SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model on the host. config: the contents of config.json. weights: every tensor by Hugging Face name."""
+    """A model on the host. config: the contents of config.json. weights: every tensor by Hugging Face name; what
+    `read_checkpoint` gives is lazy (`LazyTensors`): a look-up reads the file."""
 
     config: dict[str, Any]
-    weights: Tensors = field(repr=False)
+    weights: Mapping[str, np.ndarray] = field(repr=False)
     head: Head
 
     @property
-    def shape(self) -> LlamaConfig:
-        return parse_config(self.config)
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The contents of DIRECTORY/config.json. Raises UserError when it is not there or not JSON."""
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory")
-    if not path.is_file():
-        raise UserError(f"{directory}: not a model directory (no config.json)")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    def model(self) -> ModelConfig:
+        """What the model computes."""
+        return read_model(self.config)
 
 
 def read_checkpoint(directory: Path, *, precision: Precision) -> Checkpoint:
-    """Read a model directory; weights are cast to `precision`.
+    """Open a model directory; a tensor is read, and cast to `precision`, when it is looked up.
 
     Raises UserError for a missing or broken file, an unsupported family, or tensors that are missing, left over or of
-    another shape than config.json says.
+    another shape than config.json says, before any tensor is read.
     """
-    head = check_checkpoint(directory)
-    config = read_config(directory)
-    tied = bool(config.get("tie_word_embeddings", False))
-    weights: Tensors = {}
-    for file in _tensor_files(directory):
-        with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if not _is_derived(name):
-                    weights[name] = tensors.get_tensor(name).astype(precision)
-    head_copy = weights.pop("lm_head.weight", None) if tied else None
-    if head_copy is not None and not np.array_equal(head_copy, weights["model.embed_tokens.weight"]):
-        raise UserError(f"{directory}: lm_head.weight differs from the embeddings, yet tie_word_embeddings is true")
-    return Checkpoint(config=config, weights=weights, head=head)
+    contents = _checked(directory)
+    difference = tied_copy_differs(contents)
+    if difference is not None:
+        raise UserError(f"{directory}: {difference}")
+    tensors, wanted = contents.tensors, np.dtype(precision)
+    # Written again they take the type they had in the file, or, where it was read at less, the type of the reading.
+    dtypes = {name: t.dtype if t.dtype.itemsize <= wanted.itemsize else wanted for name, t in tensors.items()}
+    weights = LazyTensors(
+        {name: tensor.shape for name, tensor in tensors.items()}, dtypes, lambda name: tensors[name].read(wanted)
+    )
+    return Checkpoint(config=contents.config, weights=weights, head=contents.head)
 
 
 def check_checkpoint(directory: Path) -> Head:
     """Check a model directory's tensors against its config.json from the files' headers alone; returns its head."""
-    shape = parse_config(read_config(directory), where=str(directory / "config.json"))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _tensor_files(directory):
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if not _is_derived(name):
-                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a readable safetensors file: {error}") from None
-    head: Head = "scalar" if "score.weight" in shapes else "lm"
-    if shape.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)  # a copy of the embeddings that some tools write; compared when it is read
-    _check_shapes(shapes, shape, head, where=str(directory))
-    return head
+    return _checked(directory).head
 
 
-def check_tensors(weights: Mapping[str, np.ndarray], config: LlamaConfig, head: Head, *, where: str) -> None:
-    """Raise UserError unless `weights` holds exactly the model's tensors, each in its shape."""
-    _check_shapes({name: value.shape for name, value in weights.items()}, config, head, where=where)
+def _checked(directory: Path) -> Contents:
+    contents = read_contents(directory)
+    if contents.problems:
+        raise UserError(f"{directory}: tensors do not fit config.json: {'; '.join(contents.problems)}")
+    return contents
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: LlamaConfig, head: Head, *, where: str) -> None:
-    expected = tensor_shapes(config, head)
-    missing = [name for name in expected if name not in shapes]
-    left_over = [name for name in shapes if name not in expected]
-    if missing or left_over:
-        parts = [f"missing {_some(missing)}"] * bool(missing) + [f"left over {_some(left_over)}"] * bool(left_over)
-        raise UserError(f"{where}: tensors do not fit config.json: {'; '.join(parts)}")
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise UserError(f"{where}: {name} has shape {list(shapes[name])}, config.json says {list(shape)}")
+def check_tensors(weights: Mapping[str, np.ndarray], config: ModelConfig, head: Head, *, where: str) -> None:
+    """Raise UserError unless `weights` holds exactly the model's tensors, each in its shape. Lazy ones are not read."""
+    problems = misfits(tensor_shapes_of(weights), tensor_shapes(config, head))
+    if problems:
+        raise UserError(f"{where}: tensors do not fit config.json: {'; '.join(problems)}")
 
 
-def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, tokenizer_directory: Path) -> None:
+def write_checkpoint(
+    directory: Path,
+    checkpoint: Checkpoint,
+    *,
+    tokenizer_directory: Path,
+    dtype: Dtype = "auto",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    provenance: Provenance | None = None,
+) -> None:
     """Write a complete model directory beside `directory` and move it into place, so that none is ever half-written.
 
-    The tokenizer's files are copied byte for byte. Existing contents of `directory` are replaced.
+    dtype: "auto" keeps every tensor's own: that of its array, or of its file where the checkpoint is as it was read.
+    Rounding to less is therefore never done unless asked for. max_shard_bytes: tensors go into several files, with an
+    index, where they take more than this (one larger tensor has a file of its own). tokenizer_directory: its tokenizer,
+    chat template and licence files are copied byte for byte, and its generation_config.json is kept, with the token ids
+    of config.json. provenance: for the model card; None: what the directories themselves tell. Existing contents of
+    `directory` are replaced.
     """
-    check_tensors(checkpoint.weights, checkpoint.shape, checkpoint.head, where=str(directory))
+    check_tensors(checkpoint.weights, checkpoint.model, checkpoint.head, where=str(directory))
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {name: np.ascontiguousarray(value) for name, value in checkpoint.weights.items()}
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    config = _config_for_head(checkpoint)
-    _write_json(partial / "config.json", config)
-    tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-    _write_json(partial / "generation_config.json", tokens)
-    for name in TOKENIZER_FILES:
-        if (tokenizer_directory / name).is_file():
-            shutil.copyfile(tokenizer_directory / name, partial / name)
+    try:
+        dtypes = _write_weights(partial, checkpoint, dtype, max_shard_bytes)
+        config = _config_for_head(checkpoint, dtypes)
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "generation_config.json", _generation_config(config, tokenizer_directory))
+        for file in _copied_files(tokenizer_directory):
+            shutil.copyfile(file, partial / file.name)
+        known = provenance or read_provenance(directory, source=tokenizer_directory)
+        card = model_card(directory.name, checkpoint.model, checkpoint.head, config["dtype"], known)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
 
 
 def initial_checkpoint(config: dict[str, Any], *, seed: int) -> Checkpoint:
-    """A new language model: norms 1, every other tensor normal with std `initializer_range`, keyed by its name.
+    """A new language model, float32: norms 1, biases 0, all else normal with std `initializer_range`, keyed by name.
 
-    Made once, in NumPy, so that both engines start from the same bits.
+    Drawn in NumPy when looked up, the same every time, so that both engines start from the same bits.
     """
-    shape = parse_config(config)
-    weights = {
-        name: np.ones(dims, np.float32)
-        if name.endswith("norm.weight")
-        else random.normal(seed, f"init/{name}", dims, std=shape.initializer_range)
-        for name, dims in tensor_shapes(shape, "lm").items()
+    model = read_model(config)
+    shapes = tensor_shapes(model, "lm")
+    rules = {
+        name: rule for rule in tensor_rules(model, "lm") for i in rule.layers(model) for name in rule.names(model, i)
     }
+
+    def draw(name: str) -> np.ndarray:
+        constant = initial_value(model, rules[name])
+        if constant is not None:
+            return np.full(shapes[name], constant, np.float32)
+        return random.normal(seed, f"init/{name}", shapes[name], std=model.initializer_range)
+
+    weights = LazyTensors(shapes, dict.fromkeys(shapes, DTYPES["F32"]), draw)
     return Checkpoint(config=config, weights=weights, head="lm")
 
 
@@ -153,58 +158,79 @@ def with_scalar_head(checkpoint: Checkpoint, *, seed: int, zero: bool = False) -
     """The same trunk with a new scalar head in place of its language-model head.
 
     The head is normal with std 1 / sqrt(hidden + 1) (Ziegler et al. 2019, reward model), or 0 where `zero` (their
-    value head).
+    value head). It has the precision of the trunk's tensors as they are looked up.
     """
-    shape = checkpoint.shape
-    weights = {
-        name: value for name, value in checkpoint.weights.items() if name not in ("lm_head.weight", "score.weight")
-    }
-    std = 0.0 if zero else (shape.hidden_size + 1) ** -0.5
-    head = random.normal(seed, "init/score.weight", (1, shape.hidden_size), std=std)
-    weights["score.weight"] = head.astype(weights["model.norm.weight"].dtype)
+    shapes = tensor_shapes(checkpoint.model, "scalar")
+    dtypes = tensor_dtypes_of(checkpoint.weights)
+    smallest = min((name for name in shapes if name in dtypes), key=lambda name: np.prod(shapes[name]))
+    precision = checkpoint.weights[smallest].dtype
+    std = 0.0 if zero else (shapes["score.weight"][1] + 1) ** -0.5
+    head = random.normal(seed, "init/score.weight", shapes["score.weight"], std=std).astype(precision)
+    weights = LazyTensors(
+        shapes,
+        {name: dtypes.get(name, precision) if name != "score.weight" else precision for name in shapes},
+        lambda name: head.copy() if name == "score.weight" else checkpoint.weights[name],
+    )
     return replace(checkpoint, weights=weights, head="scalar")
 
 
-def _config_for_head(checkpoint: Checkpoint) -> dict[str, Any]:
+def _write_weights(directory: Path, checkpoint: Checkpoint, dtype: Dtype, limit: int) -> dict[str, np.dtype]:
+    """Write the tensors; returns the type that each was written in."""
+    shapes = tensor_shapes(checkpoint.model, checkpoint.head)
+    own = tensor_dtypes_of(checkpoint.weights)
+    chosen = {kind.name: kind for kind in DTYPES.values()}
+    dtypes = {name: own[name] if dtype == "auto" else chosen[dtype] for name in shapes}
+    sizes = {name: int(np.prod(shape)) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards = plan_shards(sizes, limit)
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        entries = {name: (dtypes[name], shapes[name]) for name in names}
+        write_tensors(directory / file, entries, lambda wanted: ((name, checkpoint.weights[name]) for name in wanted))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(directory / INDEX, index)
+    return dtypes
+
+
+def _config_for_head(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
+    """config.json as transformers would write it for this head; `dtype` is that of the largest part of the numbers."""
+    elements: Counter[str] = Counter()
+    for name, shape in tensor_shapes(checkpoint.model, checkpoint.head).items():
+        elements[dtypes[name].name] += int(np.prod(shape))
     config = dict(checkpoint.config)
     config.pop("torch_dtype", None)
-    config["dtype"] = str(checkpoint.weights["model.norm.weight"].dtype)
+    config["dtype"] = elements.most_common(1)[0][0]
+    entry = family(config["model_type"])
     if checkpoint.head == "scalar":
         config |= {
-            "architectures": ["LlamaForSequenceClassification"],
+            "architectures": [entry.classifier],
             "num_labels": 1,
             "id2label": {"0": "score"},
             "label2id": {"score": 0},
         }
     else:
-        config["architectures"] = ["LlamaForCausalLM"]
+        config["architectures"] = [entry.causal_lm]
     return config
 
 
-def _tensor_files(directory: Path) -> list[Path]:
-    """The safetensors files of a single-file or sharded checkpoint."""
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if index.is_file():
-        files = {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    elif single.is_file():
-        files = {single}
-    else:
-        raise UserError(f"{directory}: no model.safetensors (other weight formats are not read: convert them first)")
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: named in {index.name} but not there")
-    return sorted(files)
+def _generation_config(config: Mapping[str, Any], tokenizer_directory: Path) -> dict[str, Any]:
+    """The one that came with the tokenizer, with config.json's token ids. Further ids that end a text are kept."""
+    path = tokenizer_directory / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    if isinstance(generation.get("eos_token_id"), list) and ids.get("eos_token_id") is not None:
+        first = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+        ids["eos_token_id"] = list(dict.fromkeys([*first, *generation["eos_token_id"]]))
+    return generation | ids
 
 
-def _is_derived(name: str) -> bool:
-    """A table that old checkpoints carry and that config.json determines."""
-    return name.endswith("rotary_emb.inv_freq")
+def _copied_files(directory: Path) -> list[Path]:
+    """The tokenizer, the chat template, and the terms that the weights came with."""
+    terms = sorted(file for pattern in ("LICENSE*", "NOTICE*") for file in directory.glob(pattern))
+    return [file for file in [*(directory / name for name in TOKENIZER_FILES), *terms] if file.is_file()]
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
