@@ -3,18 +3,10 @@ every logged metric agrees to 1e-8 relative, every sampled token is equal. The r
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from diptych.parity.compare import metrics
-from diptych.parity.tolerances import TOLERANCES
-from diptych.run.metrics import read_metrics
+from parity_tests.runs import compare, run
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = [
     "precision=float64",
     "data.demonstrations.limit=1000",
@@ -32,44 +24,13 @@ SETTINGS = [
     "rl.critic_learning_rate=1e-4",
     "rl.max_kl=null",
 ]
-# Not numbers of the algorithm: how long things took.
-TIMING = ("timing_s/", "time", "eps", "tokens_per_second")
-# Values that are themselves differences of nearly equal numbers, i.e. rounding noise around 0.
-NOISE = ("rollout/logprob_gap", "policy/first_ratio_deviation", "rollout/token_mult_prob_error")
-
-
-def run(engine: str, output: Path, *settings: str) -> list[dict]:
-    command = [sys.executable, "-m", "diptych.cli", "run", "recipes/quickstart.yaml", "--engine", engine]
-    done = subprocess.run(
-        [*command, "--output", str(output), *SETTINGS, *settings],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"DIPTYCH_PROGRESS": "off"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_metrics(output / "metrics.jsonl")
-
-
-def numbers(row: dict) -> dict[str, float]:
-    skip = TIMING + NOISE
-    return {k: v for k, v in row.items() if k not in ("stage", "step") and not k.startswith(skip)}
-
-
-def compare(a: list[dict], b: list[dict]) -> list:
-    assert [(r["stage"], r["step"]) for r in a] == [(r["stage"], r["step"]) for r in b]
-    limit = TOLERANCES["trajectory_relative"].float64
-    found = []
-    for x, y in zip(a, b, strict=True):
-        found += metrics(f"{x['stage']} {x['step']}", numbers(x), numbers(y), limit=limit, floor=1e-12)
-    return found
 
 
 @pytest.mark.slow
 def test_a_hundred_steps_of_each_stage(tmp_path):
     steps = ["sft.max_steps=100", "reward.max_steps=100", "rl.iterations=100"]
-    a = run("jax", tmp_path / "jax", *steps)
-    b = run("torch", tmp_path / "torch", *steps)
+    a = run("quickstart", "jax", tmp_path / "jax", SETTINGS + steps)
+    b = run("quickstart", "torch", tmp_path / "torch", SETTINGS + steps)
     for stage in ("sft", "reward", "rl"):
         assert max(row["step"] for row in a if row["stage"] == stage) == 100
     assert sum("rollout/tokens_crc32" in row for row in a) == 100  # every rollout's tokens are compared
@@ -85,8 +46,8 @@ def test_a_hundred_steps_of_each_stage(tmp_path):
 def test_canary_a_small_change_of_one_side_is_seen(tmp_path, bug, stage):
     steps = ["sft.max_steps=3", "reward.max_steps=3", "rl.iterations=3"]
     steps += ["sft.optimizer.warmup_steps=1", "reward.optimizer.warmup_steps=1"]
-    a = run("torch", tmp_path / "a", *steps)
-    b = run("torch", tmp_path / "b", *steps, bug)
+    a = run("quickstart", "torch", tmp_path / "a", SETTINGS + steps)
+    b = run("quickstart", "torch", tmp_path / "b", [*SETTINGS, *steps, bug])
     found = compare(a, b)
     assert found
     assert found[0].name.startswith(stage)
