@@ -46,6 +46,8 @@ def test_a_hundred_steps_of_each_stage(tmp_path):
 def test_canary_a_small_change_of_one_side_is_seen(tmp_path, bug, stage):
     steps = ["sft.max_steps=3", "reward.max_steps=3", "rl.iterations=3"]
     steps += ["sft.optimizer.warmup_steps=1", "reward.optimizer.warmup_steps=1"]
+    stages = ["sft", "reward", "rl"]
+    steps.append(f"stages=[{','.join(stages[: stages.index(stage) + 1])}]")
     a = run("quickstart", "torch", tmp_path / "a", SETTINGS + steps)
     b = run("quickstart", "torch", tmp_path / "b", [*SETTINGS, *steps, bug])
     found = compare(a, b)
