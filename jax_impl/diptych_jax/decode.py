@@ -164,7 +164,7 @@ def generate(
         raise ValueError("prompts must be left-padded: every row one or more real tokens, and none before padding")
     if num_new < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {num_new}")
-    check_reach(model.config, prompts.tokens.shape[1] + num_new)
+    check_reach(model.config, prompt=int(prompts.positions.max()) + 1, new=num_new)
     check_sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     dtype = model.dtype
     greedy = sampling.temperature == 0

@@ -37,7 +37,7 @@ from diptych.engine import (
     TrainBatch,
 )
 from diptych.errors import UserError
-from diptych.families.family import read_model
+from diptych.families.family import check_positions, read_model
 from diptych_jax import adapter as adapters
 from diptych_jax import checkpoint, decode, optimizer, scoring, training, weights
 from diptych_jax.optimizer import Moments, TrainState
@@ -108,7 +108,7 @@ class JaxModel:
         """Nats of each token given those before it, of logits / temperature; 0 before `batch.first`."""
         self._need_head("lm")
         model = self._model if adapter else self._without_adapter()
-        self._check_tokens(batch.tokens)
+        self._check_batch(batch)
         if temperature <= 0:
             raise ValueError(f"log-probabilities need a temperature above 0, got {temperature}")
         scale = jnp.asarray(temperature, self._dtype)
@@ -120,13 +120,13 @@ class JaxModel:
     def scores(self, batch: TokenBatch) -> Float[np.ndarray, "batch time"]:
         """The scalar head at each token."""
         self._need_head("scalar")
-        self._check_tokens(batch.tokens)
+        self._check_batch(batch)
         return self._score(batch, lambda rows: scoring.scores(self._model, *rows))
 
     def greedy_matches(self, batch: TokenBatch) -> Bool[np.ndarray, "batch time"]:
         """Is each token the likeliest one given those before it? False before `batch.first`."""
         self._need_head("lm")
-        self._check_tokens(batch.tokens)
+        self._check_batch(batch)
         return self._score(
             batch,
             lambda rows: scoring.greedy_matches(self._model, *rows, first=batch.first, chunk=self.spec.logprob_chunk),
@@ -170,7 +170,7 @@ class JaxModel:
     def _inputs(self, loss: Loss, batch: TrainBatch) -> training.Inputs:
         """The batch as [micro-batches, rows, ...] on the device; floats in the engine's precision."""
         self._need_head("lm" if loss.reads == "logprobs" else "scalar")
-        self._check_tokens(batch.tokens.tokens)
+        self._check_batch(batch.tokens)
         if loss.entropy and loss.reads != "logprobs":
             raise ValueError("a loss that reads scores has no entropy")
         if loss.temperature <= 0:
@@ -299,6 +299,10 @@ class JaxModel:
     def _need_head(self, head: str) -> None:
         if self.spec.head != head:
             raise ValueError(f"this needs a model with head={head!r}, and this one has head={self.spec.head!r}")
+
+    def _check_batch(self, batch: TokenBatch) -> None:
+        self._check_tokens(batch.tokens)
+        check_positions(self._config, batch.positions)
 
     def _check_tokens(self, tokens: np.ndarray) -> None:
         """JAX clamps a wrong index silently, so token ids are checked here."""

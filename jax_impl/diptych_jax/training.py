@@ -55,7 +55,7 @@ def _loss(
     model: Model, micro: Inputs, fractions_X: Float[Array, " X"] | None, program: Program
 ) -> tuple[Float[Array, ""], Values]:
     """The loss and metrics of one micro-batch (the fields of `micro` have lost their leading axis). fractions_X: how
-    the step's tokens were routed; None where no balance is asked for."""
+    the step's tokens were routed; None where nobody asks, or where the micro-batch is the whole step."""
     loss = program.loss
     inputs = {**micro.arrays, **micro.denominators}
     if len(inputs) < len(micro.arrays) + len(micro.denominators):
@@ -67,7 +67,9 @@ def _loss(
     taken = {"loss", "grad_norm"} & set(metrics)
     if taken:
         raise ValueError(f"{sorted(taken)} are the engine's own metrics: the loss function must use other names")
-    if fractions_X is not None and routing is not None:
+    if loss.balance and routing is not None:
+        if fractions_X is None:  # the micro-batch is the whole step
+            fractions_X = routing.counts_X / micro.num_routed
         balance, more = router_balance_loss(
             routing.probability_sums_X, fractions=fractions_X, num_routed=micro.num_routed, top_k=_top_k(model)
         )  # pyright: ignore[reportArgumentType]
@@ -99,11 +101,14 @@ def _top_k(model: Model) -> int:
 
 
 def _fractions(model: Model, inputs: Inputs, program: Program) -> Float[Array, " X"] | None:
-    """How often each expert was chosen, over all real tokens of the step and all layers; None where nobody asks.
+    """How often each expert was chosen, over all real tokens of the step and all layers; None where nobody asks
+    or the step is one micro-batch, whose own routing says it.
 
     The balance loss multiplies these with probabilities that are summed micro-batch by micro-batch, so they must be
     known before: a forward pass over the step.
     """
+    if inputs.tokens_MBT.shape[0] == 1:
+        return None
     if not (program.loss.balance and isinstance(model.config, DecoderConfig) and model.config.experts):
         return None
     frozen = jax.lax.stop_gradient(model)

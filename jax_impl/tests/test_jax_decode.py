@@ -173,7 +173,7 @@ def test_settings_compile_nothing(tiny_model, ragged_batch, count_compilations):
     assert (first.tokens != second.tokens).any()
     with count_compilations() as count:
         model.generate(prompts, _sampling(num_new=1), uniforms[:, :1], pad_token_id=0)
-        assert count() == 1  # canary: another program is counted
+        assert count() >= 1  # canary: another program is counted
 
 
 def test_mistakes_are_errors(tiny_model, ragged_batch):

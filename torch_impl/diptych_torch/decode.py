@@ -14,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diptych.engine import Completions, Finish, PromptBatch, Sampling
-from diptych.errors import UserError
 from diptych.families.decoder import DecoderConfig
-from diptych.families.family import ModelConfig
-from diptych_torch.model import Network, check_token_ids, position_limit
+from diptych.families.family import ModelConfig, check_reach
+from diptych_torch.model import Network, check_token_ids
 from diptych_torch.recurrent import RNNState
 from diptych_torch.sampling import draw
 
@@ -135,16 +134,4 @@ def _check(prompts: PromptBatch, sampling: Sampling, uniforms: np.ndarray, confi
         raise ValueError(f"not a way to sample: {sampling}")
     if uniforms.shape != (rows, sampling.max_new_tokens):
         raise ValueError(f"uniforms must be [{rows}, {sampling.max_new_tokens}], got {list(uniforms.shape)}")
-    prompt = int(prompts.positions.max()) + 1
-    longest = prompt + sampling.max_new_tokens
-    text = f"max_new_tokens {sampling.max_new_tokens} after a prompt of {prompt} tokens"
-    limit = position_limit(config)
-    if limit is not None and longest > limit:
-        raise UserError(f"{text} would pass the model's {limit} positions; shorten one of them")
-    for rope in config.ropes if isinstance(config, DecoderConfig) else ():
-        # Past this length every key in the cache would have to be turned again.
-        if rope.by_length and longest > rope.original_max_position_embeddings:
-            raise UserError(
-                f"{text} would pass {rope.original_max_position_embeddings} tokens, beyond which the {rope.kind} RoPE "
-                "of this model has other frequencies; text is not generated across that length: shorten one of them"
-            )
+    check_reach(config, prompt=int(prompts.positions.max()) + 1, new=sampling.max_new_tokens)

@@ -23,7 +23,7 @@ from diptych.engine import AdapterSpec, Head, ModelSpec, TokenBatch
 from diptych.errors import UserError
 from diptych.families.adapter import SCORE, adapter_shapes, check_adapter
 from diptych.families.decoder import DecoderConfig
-from diptych.families.family import ModelConfig, read_model, tensor_shapes
+from diptych.families.family import ModelConfig, check_positions, read_model, tensor_shapes
 from diptych.weights.huggingface import check_tensors
 from diptych_torch import adapter as adapters
 from diptych_torch import names
@@ -268,9 +268,7 @@ def device_batch(batch: TokenBatch, config: ModelConfig, device: torch.device) -
     if not 1 <= batch.first <= length:
         raise ValueError(f"TokenBatch.first is a column from 1 to {length}, got {batch.first}")
     check_token_ids(batch.tokens, config.vocab_size)
-    limit = position_limit(config)
-    if limit is not None and batch.positions.size and batch.positions.max() >= limit:
-        raise ValueError(f"positions must be in 0..{limit - 1}, got {batch.positions.max()}")
+    check_positions(config, batch.positions)
     columns = np.arange(length)
     wanted = batch.attention[:, 1:] & batch.attention[:, :-1] & (columns[1:] >= batch.first)
     row, column = np.nonzero(wanted)
@@ -291,16 +289,6 @@ def device_array(array: np.ndarray, dtype: torch.dtype, device: torch.device) ->
 def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, outside any graph."""
     return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def position_limit(config: ModelConfig) -> int | None:
-    """How many positions there are a table's rows for; None where positions are computed."""
-    if isinstance(config, DecoderConfig):
-        if config.position_offset is not None:
-            return config.max_position_embeddings
-        if any(rope.kind == "dynamic" for rope in config.ropes):
-            return min(rope.reach for rope in config.ropes)
-    return None
 
 
 def check_token_ids(tokens: Int[np.ndarray, "B T"], vocab_size: int) -> None:

@@ -214,13 +214,33 @@ def initial_value(config: ModelConfig, rule: TensorRule) -> float | None:
     return None
 
 
-def check_reach(config: ModelConfig, columns: int) -> None:
-    """Raise UserError where a rollout of this many columns cannot be decoded with a cache: rotary frequencies that
-    depend on the length of the sequence would turn the keys that are already cached."""
+def position_limit(config: ModelConfig) -> int | None:
+    """How many positions there are a table's rows for; None where positions are computed."""
+    if isinstance(config, DecoderConfig):
+        if config.position_offset is not None:
+            return config.max_position_embeddings
+        if any(rope.kind == "dynamic" for rope in config.ropes):
+            return min(rope.reach for rope in config.ropes)
+    return None
+
+
+def check_positions(config: ModelConfig, positions: np.ndarray) -> None:
+    """Raise ValueError for a position without a row (an accelerator would crash or read another row)."""
+    limit = position_limit(config)
+    if limit is not None and positions.size and positions.max() >= limit:
+        raise ValueError(f"positions must be in 0..{limit - 1}, got {positions.max()}")
+
+
+def check_reach(config: ModelConfig, *, prompt: int, new: int) -> None:
+    """Raise UserError where `new` tokens after a prompt of `prompt` cannot be decoded: positions run out, or rotary
+    frequencies that depend on the length of the sequence would turn the keys that are already cached."""
+    text = f"max_new_tokens {new} after a prompt of {prompt} tokens"
+    limit = position_limit(config)
+    if limit is not None and prompt + new > limit:
+        raise UserError(f"{text} would pass the model's {limit} positions; shorten one of them")
     for rope in config.ropes if isinstance(config, DecoderConfig) else ():
-        if rope.by_length and columns > rope.original_max_position_embeddings:
+        if rope.by_length and prompt + new > rope.original_max_position_embeddings:
             raise UserError(
-                f"RoPE type {rope.kind!r} changes past {rope.original_max_position_embeddings} positions "
-                f"and a cache cannot follow: {columns} columns of prompt and response are too many; lower "
-                f"rollout.max_new_tokens or data.max_prompt_tokens"
+                f"{text} would pass {rope.original_max_position_embeddings} tokens, beyond which the {rope.kind} RoPE "
+                "of this model has other frequencies; text is not generated across that length: shorten one of them"
             )
