@@ -14,7 +14,7 @@ from diptych.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 # Not numbers of the algorithm: how long things took.
-TIMING = ("timing_s/", "time", "eps", "tokens_per_second")
+TIMING = ("timing_s/", "switch/", "compilations", "time", "eps", "tokens_per_second")
 # Values that are themselves differences of nearly equal numbers, i.e. rounding noise around 0.
 NOISE = ("rollout/logprob_gap", "policy/first_ratio_deviation", "rollout/token_mult_prob_error")
 

@@ -151,6 +151,25 @@ def test_one_line_exit_code_2_and_nothing_written(name, work, capsys):
     assert sorted(path for path in work.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("engine_name", "variables", "needle"),
+    [
+        ("torch", {}, "the torch engine trains in one process"),
+        ("jax", {"JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID is set, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES is not"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(engine_name, variables, needle, work, capsys, monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code = cli.main(["run", "recipe.yaml", "--engine", engine_name, "--output", "out", "--distributed"])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert f"diptych: error: --distributed: {needle}" in error
+    assert not (work / "out").exists()
+
+
 def test_the_unbroken_recipe_runs(work, capsys):  # canary: the cases above fail for their own reason
     assert cli.main(["run", "recipe.yaml", "--engine", "jax", "--output", "out"]) == 0
     summary = json.loads(capsys.readouterr().out)

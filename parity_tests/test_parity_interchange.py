@@ -49,7 +49,7 @@ def run(engine: str, output: Path, *settings: str) -> None:
 
 
 def rows_of(output: Path) -> list[dict]:
-    clock = ("timing_s/", "time", "eps", "tokens_per_second")
+    clock = ("timing_s/", "switch/", "compilations", "time", "eps", "tokens_per_second")
     return [
         {key: value for key, value in row.items() if not key.startswith(clock)}
         for row in read_metrics(output / "metrics.jsonl")
@@ -59,25 +59,25 @@ def rows_of(output: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(engine, tmp_path, monkeypatch):
-    from diptych.stages import rl, supervised
+    from diptych.stages.checkpoints import Checkpoints
 
     run(engine, tmp_path / "whole", "checkpoint.every=2")
 
-    def interrupt_after(module, stage, step):
-        save = module.save_training_state
+    save = Checkpoints.save
 
-        def saved_and_gone(context, name, done, *rest):
-            save(context, name, done, *rest)
-            if (name, done) == (stage, step):
+    def interrupt_after(stage, step):
+        def saved_and_gone(checkpoints, done, progress):
+            save(checkpoints, done, progress)
+            if (checkpoints._stage, done) == (stage, step):
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(module, "save_training_state", saved_and_gone)
+        monkeypatch.setattr(Checkpoints, "save", saved_and_gone)
 
     arguments = ["run", str(ROOT / "recipes/quickstart.yaml"), "--engine", engine]
     arguments += ["--output", str(tmp_path / "parts"), *SMALL, "checkpoint.every=2"]
-    interrupt_after(supervised, "reward", 4)
+    interrupt_after("reward", 4)
     assert cli.main(arguments) == 130
-    interrupt_after(rl, "rl", 2)
+    interrupt_after("rl", 2)
     assert cli.main([*arguments, "--resume"]) == 130
     assert cli.main([*arguments, "--resume"]) == 0
 

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from diptych.engine import AdapterSpec, Tensors
 from diptych.families.adapter import adapter_rules, check_adapter
 from diptych.families.family import ModelConfig, model_slots
+from diptych_jax.mesh import place, replicated, to_host
 
 
 class Adapter(nnx.Module):
@@ -44,16 +46,23 @@ class Adapter(nnx.Module):
 
 
 def pack(
-    config: ModelConfig, spec: AdapterSpec, tensors: Mapping[str, np.ndarray], dtype: Any, *, what: str = "adapter"
+    config: ModelConfig,
+    spec: AdapterSpec,
+    tensors: Mapping[str, np.ndarray],
+    dtype: Any,
+    *,
+    mesh: Mesh,
+    what: str = "adapter",
 ) -> Adapter:
-    """The adapter that holds copies of tensors by PEFT's names. Raises UserError unless they are exactly its own."""
+    """The adapter that holds copies of tensors by PEFT's names, whole on every device of a mesh. Raises UserError
+    unless they are exactly its own."""
     check_adapter(dict(tensors), config, spec, where=what)
     values: dict[str, jax.Array] = {}
     for index, one in enumerate(adapter_rules(config, spec)):
         names = [one.names(layer) for layer in range(config.num_layers)]
         for letter, which in (("a", 0), ("b", 1)):
             stack = np.stack([np.asarray(tensors[pair[which]]) for pair in names])
-            values[f"{letter}_{index}"] = jnp.array(stack, dtype=dtype, copy=True)
+            values[f"{letter}_{index}"] = place(np.array(stack, dtype=dtype), replicated(mesh))
     return Adapter(config, spec, values)
 
 
@@ -65,5 +74,5 @@ def unpack(adapter: Adapter) -> Tensors:
     for layer in range(config.num_layers):
         for index, one in rules:
             for name, letter in zip(one.names(layer), ("a", "b"), strict=True):
-                tensors[name] = np.array(getattr(adapter, f"{letter}_{index}")[layer], copy=True)
+                tensors[name] = to_host(getattr(adapter, f"{letter}_{index}")[layer])
     return tensors

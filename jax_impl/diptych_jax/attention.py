@@ -1,12 +1,16 @@
 """Attention: rotary positions and one softmax(scale q k + bias) v over grouped key-value heads, never repeated.
 
+Training and scoring read whole rows (`self_attention`), decoding new columns and a cache (`attention`). `kernels` says
+which implementation runs where.
+
 Dimensions: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K queries per key-value head, H head
-size, R = rotated pairs. Every training, prefill and decode step goes through `attention`, and only it decides which
-implementation runs.
+size, R = rotated pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from diptych.families.rope import Rope, frequencies
+from diptych_jax.kernels import Kernel, cudnn, splash
 
+UNLIMITED = 2**30  # a window that no row fills
+# (queries, keys, values of all columns, which of the windows: None where there is one) -> what the queries read
+Attention = Callable[[Array, Array, Array, Array | None], Float[Array, "B T N H"]]
 Rotation = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]  # cosines and sines of the angles
 
 
@@ -23,18 +31,25 @@ def rotation(positions_BT: Int[Array, "B T"], rope: Rope, dtype: Any) -> Rotatio
 
     The frequencies are the hinge's float32 numbers. The product, the cosine and the sine are taken in float32 for
     models of up to float32 and in float64 for float64 models: angles in a narrower type are off by whole radians at
-    long positions. Where frequencies depend on the length of a sequence, each row takes those of its own last position.
+    long positions. Where frequencies depend on the length of a sequence, each takes those of its own last position; a
+    row may hold several, each from a position 0 on.
     """
     # Upcast: angles in at least float32.
     angle_dtype = jnp.promote_types(dtype, jnp.float32)
     table = jnp.asarray(frequencies(rope), angle_dtype)
-    if rope.by_length:
-        lengths_B = jnp.max(positions_BT, axis=1) + 1
-        inverse_BTR = table[rope.rows(lengths_B).astype(jnp.int32)][:, None]
-    else:
-        inverse_BTR = table[0]
+    inverse_BTR = table[rope.rows(_lengths(positions_BT)).astype(jnp.int32)] if rope.by_length else table[0]
     angles_BTR = positions_BT.astype(angle_dtype)[..., None] * inverse_BTR
     return jnp.cos(angles_BTR) * rope.attention_factor, jnp.sin(angles_BTR) * rope.attention_factor
+
+
+def _lengths(positions_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """One more than the last position of the sequence that each column belongs to."""
+
+    def of_row(positions_T, sequence_T):
+        last = jax.ops.segment_max(positions_T, sequence_T, num_segments=len(positions_T) + 1)
+        return last[sequence_T] + 1
+
+    return jax.vmap(of_row)(positions_BT, jnp.cumsum(positions_BT == 0, axis=1, dtype=jnp.int32))
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:
@@ -51,6 +66,48 @@ def rotate(x_BTNH: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B
     return jnp.concatenate(parts, axis=-1).astype(x_BTNH.dtype)
 
 
+def segment_ids(attention_BT: Bool[Array, "B T"], positions_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Equal numbers on the columns of one example, 0 on padding. An example begins where a position is 0."""
+    begins_BT = attention_BT & (positions_BT == 0)
+    return jnp.where(attention_BT, 1 + jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32), 0)
+
+
+def self_attention(
+    segments_BT: Int[Array, "B T"],
+    *,
+    windows: Sequence[int | None],
+    scale: float,
+    softcap: float | None,
+    bias_BNTS: Float[Array, "B N T S"] | None,
+    kernel: Kernel,
+) -> Attention:
+    """Attention of whole rows: a column reads the columns of its own segment up to itself, within a window (measured in
+    columns; None: no limit). Padding reads padding, so every column reads something.
+
+    windows: those that the layers have, each once. Made before the loop over layers: they share what does not differ.
+    """
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    if kernel == "splash":
+        branches = [partial(splash, window=window, **options) for window in windows]
+
+        def read_blocks(q_BTNH, k_BTKH, v_BTKH, which):
+            inputs = q_BTNH, k_BTKH, v_BTKH, segments_BT
+            return branches[0](*inputs) if which is None else jax.lax.switch(which, branches, *inputs)
+
+        return read_blocks
+    columns = jnp.arange(segments_BT.shape[1])
+    distance_TT = columns[:, None] - columns
+    mask_BTT = (distance_TT >= 0) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    limits = [UNLIMITED if window is None else window for window in windows]
+
+    def read(q_BTNH, k_BTKH, v_BTKH, which):
+        limit = limits[0] if which is None else jnp.asarray(limits)[which]
+        mask = mask_BTT if windows == (None,) else mask_BTT & (distance_TT < limit)
+        return attention(q_BTNH, k_BTKH, v_BTKH, mask, **options, bias_BNTS=bias_BNTS, kernel=kernel)
+
+    return read
+
+
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -60,12 +117,17 @@ def attention(
     scale: float,
     softcap: float | None = None,
     bias_BNTS: Float[Array, "B N T S"] | None = None,
+    kernel: Kernel = "xla",
 ) -> Float[Array, "B T N H"]:
     """Each query attends to the keys where its mask is True; scores are scale q k, capped (c tanh(x / c)), plus bias.
 
     A query whose mask is False everywhere (padding) gets the plain mean of the values: finite, with finite gradients,
-    and of no consequence because no real query can see a padding key.
+    and of no consequence because no real query can see a padding key. kernel: as `kernels.choose` found, xla or cudnn.
     """
+    if kernel == "cudnn":
+        assert softcap is None
+        assert bias_BNTS is None
+        return cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale)
     if q_BTNH.dtype == jnp.float64 or softcap is not None or bias_BNTS is not None:
         # jax.nn.dot_product_attention takes its softmax in float32 even when all inputs are float64, and has no cap.
         return _einsum_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, softcap, bias_BNTS)

@@ -1,12 +1,14 @@
 """Training state on disk through orbax: weights, moments, step and average, restored bit for bit.
 
 The state of the trained part (all, or an adapter) is stored as nested dictionaries that end in arrays in the model's
-own (stacked) layout: a checkpoint is for going on with the same engine. Weights and optimizer state cross to another
-engine by Hugging Face names instead.
+own (stacked) layout: a checkpoint is for going on with the same engine, on any mesh and any number of processes. Every
+process writes the parts that its devices hold, and reads the parts that they shall hold. Weights and optimizer state
+cross to another engine by Hugging Face names instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,17 @@ from diptych_jax.weights import Model, by_slot
 _FOLDER = "state"
 
 
-def save(directory: Path, state: TrainState) -> None:
-    """Write `state` into `directory`, which exists or not but holds no checkpoint."""
+def save(directory: Path, state: TrainState) -> Callable[[], None]:
+    """Write `state` into `directory`, which exists or not but holds no checkpoint; in every process.
+
+    Returns once the state is copied to the host and may change again. Call what is returned to wait until all of it is
+    on disk; before that there is no checkpoint. It raises what went wrong in writing.
+    """
     target = Path(directory).absolute() / _FOLDER
     if target.exists():
         raise UserError(f"{target} exists: a checkpoint goes into an empty folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    orbax.save(str(target), _tree(state))
+    return orbax.save_async(str(target), _tree(state)).result
 
 
 def load(directory: Path, state: TrainState) -> TrainState:

@@ -1,18 +1,21 @@
-"""The JAX engine on one device: NumPy in, NumPy out, compiled programs between (`diptych.engine` is the contract).
+"""The JAX engine: NumPy in, NumPy out, compiled programs on a mesh between (`diptych.engine` is the contract).
 
 Nothing here decides a number. The model is model.py, its weights weights.py, log-probabilities logprobs.py, a training
-step training.py and optimizer.py, sampling decode.py and sampling.py. This file cuts batches into micro-batches, checks
-what the device would not, and moves arrays.
+step training.py and optimizer.py, meshes mesh.py, the switch to the decode mesh switch.py, sampling decode.py and
+sampling.py. This file cuts batches into micro-batches, checks what the device would not, and moves arrays.
+
+Environment: DIPTYCH_DEVICES=N uses only the first N devices (comparisons and tests; on one process).
 
 Process-wide switches: `create` sets the matrix multiplication precision to "highest", and x64 on for a float64 engine.
 x64 stays on then; a float32 engine in the same process goes on in float32, because every array that enters a
-program has an explicit type. The persistent compilation cache is left as it is configured.
+program has an explicit type. Compiled programs are kept on disk (`compilations.enable_cache`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from diptych.engine import (
@@ -31,15 +35,30 @@ from diptych.engine import (
     OptimizerSpec,
     OptimizerState,
     PromptBatch,
+    Role,
     Sampling,
     Tensors,
     TokenBatch,
     TrainBatch,
 )
-from diptych.errors import UserError
-from diptych.families.family import check_positions, read_model
+from diptych.errors import InvariantError, UserError
+from diptych.families.family import ModelConfig, check_positions, model_slots, read_model
+from diptych.layout import DECODE_RULES, check_slots, resolve
+from diptych.parity.tolerances import TOLERANCES
 from diptych_jax import adapter as adapters
-from diptych_jax import checkpoint, decode, optimizer, scoring, training, weights
+from diptych_jax import checkpoint, compilations, decode, optimizer, processes, scoring, switch, training, weights
+from diptych_jax.kernels import Choice, Kernel, choose
+from diptych_jax.mesh import (
+    num_shards,
+    on_device,
+    on_host,
+    place,
+    place_rows,
+    replicated,
+    shape_of,
+    to_host,
+    train_mesh,
+)
 from diptych_jax.optimizer import Moments, TrainState
 
 
@@ -50,6 +69,8 @@ def create(settings: EngineSettings) -> JaxEngine:
     if settings.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
+    compilations.enable_cache()
+    processes.start(settings)
     return JaxEngine(settings)
 
 
@@ -60,10 +81,39 @@ class JaxEngine:
 
     def __init__(self, settings: EngineSettings):
         self.settings = settings
+        self.world = processes.world()
+        devices = jax.devices()
+        devices = devices[: int(os.environ.get("DIPTYCH_DEVICES", len(devices)))]
+        self._meshes = {}
+        for role in ("policy", "critic", "reference", "reward"):
+            shape = resolve(settings.layout.of(role), len(devices), key=settings.layout.key_of(role))
+            self._meshes[role] = train_mesh(shape, devices)
+        decode_shape = resolve(settings.layout.decode, len(devices), key="layout.decode")
+        self._over = switch.meshes(self._meshes["policy"], decode_shape)
+        self._attention: dict[str, Choice] = {}  # of each role that was checked
+
+    def check_model(self, config: ModelConfig, role: Role) -> None:
+        """UserError where a model of this role does not divide over its meshes (naming the axis), or cannot run the
+        attention that the settings name."""
+        platform = self._meshes[role].devices.flat[0].platform
+        self._attention[role] = choose(
+            self.settings.attention, platform=platform, dtype=self.settings.precision, config=config
+        )
+        layout = self.settings.layout
+        slots = model_slots(config, "lm")
+        check_slots(slots, shape_of(self._meshes[role]), key=layout.key_of(role))
+        if role == "policy":
+            check_slots(slots, shape_of(self._over.decode), key="layout.decode", rules=DECODE_RULES)
 
     def model(self, spec: ModelSpec) -> JaxModel:
-        """Put copies of the weights of `spec` on the device. Raises UserError where they do not fit the config."""
-        return JaxModel(spec, self.settings)
+        """Put copies of the weights of `spec` on the devices. Raises UserError where they do not fit the config or the
+        mesh."""
+        self.check_model(read_model(spec.config), spec.role)
+        return JaxModel(spec, self.settings, self._meshes[spec.role], self._over, self._attention[spec.role].name)
+
+    def compilations(self) -> int | None:
+        """Programs made in this process so far, read back from disk or compiled."""
+        return compilations.count()
 
     def environment(self) -> dict[str, str]:
         """Versions, devices and precision switches."""
@@ -75,6 +125,10 @@ class JaxEngine:
             **{package: version(package) for package in packages},
             "platform": devices[0].platform,
             "devices": f"{len(devices)} x {devices[0].device_kind}",
+            "processes": str(self.world.count),
+            **{f"mesh/{role}": str(shape_of(mesh)) for role, mesh in self._meshes.items()},
+            "mesh/decode": str(shape_of(self._over.decode)),
+            **{f"attention/{role}": f"{kernel} ({why})" for role, (kernel, why) in self._attention.items()},
             "jax_enable_x64": str(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
             "jax_default_matmul_precision": str(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
@@ -84,21 +138,38 @@ class JaxEngine:
 class JaxModel:
     """See `diptych.engine.Model`. A frozen model has no optimizer: updating or checkpointing it is an error."""
 
-    def __init__(self, spec: ModelSpec, settings: EngineSettings):
+    def __init__(self, spec: ModelSpec, settings: EngineSettings, mesh: Mesh, over: switch.Meshes, kernel: Kernel):
         if spec.micro_batch_size < 1 or spec.logprob_chunk < 1:
             raise ValueError("micro_batch_size and logprob_chunk must be 1 or more")
         self.spec = spec
         self._settings = settings
-        self._dtype = dtype = np.dtype(settings.precision)
+        self._mesh, self._over, self._kernel = mesh, over, kernel
+        self._compute = jnp.dtype(settings.precision)
+        # What is trained, and every number that is not an activation, has at least float32.
+        self._dtype = np.dtype(np.float64 if settings.precision == "float64" else np.float32)
         self._config = read_model(spec.config)
-        model = weights.pack(self._config, spec.head, spec.weights, dtype)
+        self._warm = compilations.Warm()
+        self._decode_copy: weights.Model | None = None
+        self._rollout_metrics: Metrics = {}
+        is_trained = spec.optimizer is not None
+        self._waits_on_host = not is_trained and spec.role in settings.layout.offload
+        stored = self._dtype if is_trained else self._compute
+        model = weights.pack(self._config, spec.head, spec.weights, stored, mesh=mesh)
         if spec.adapter is not None:
-            adapter = adapters.pack(self._config, spec.adapter, spec.adapter_weights, dtype)
+            adapter = adapters.pack(self._config, spec.adapter, spec.adapter_weights, stored, mesh=mesh)
             model = weights.with_adapter(model, adapter)
         trained, self._frozen = weights.split(model)
         self._state = (
-            TrainState(trained, (), None) if spec.optimizer is None else optimizer.create(spec.optimizer, trained)
+            TrainState(trained, (), None) if spec.optimizer is None else optimizer.create(spec.optimizer, trained, mesh)
         )
+        if self._waits_on_host:
+            self._state = self._state._replace(model=on_host(trained))
+            self._frozen = on_host(self._frozen)
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        """What every forward pass is compiled for."""
+        return {"compute": self._compute.name, "kernel": self._kernel}
 
     # Scoring -------------------------------------------------------------------------------------------------------
 
@@ -113,62 +184,81 @@ class JaxModel:
             raise ValueError(f"log-probabilities need a temperature above 0, got {temperature}")
         scale = jnp.asarray(temperature, self._dtype)
         return self._score(
+            "logprobs" if adapter else "logprobs below the adapter",
             batch,
-            lambda rows: scoring.logprobs(model, *rows, scale, first=batch.first, chunk=self.spec.logprob_chunk),
+            lambda rows: scoring.logprobs(
+                model, *rows, scale, first=batch.first, chunk=self.spec.logprob_chunk, **self._static
+            ),
         )
 
     def scores(self, batch: TokenBatch) -> Float[np.ndarray, "batch time"]:
         """The scalar head at each token."""
         self._need_head("scalar")
         self._check_batch(batch)
-        return self._score(batch, lambda rows: scoring.scores(self._model, *rows))
+        model = self._model
+        return self._score("scores", batch, lambda rows: scoring.scores(model, *rows, **self._static))
 
     def greedy_matches(self, batch: TokenBatch) -> Bool[np.ndarray, "batch time"]:
         """Is each token the likeliest one given those before it? False before `batch.first`."""
         self._need_head("lm")
         self._check_batch(batch)
+        model = self._model
         return self._score(
+            "greedy_matches",
             batch,
-            lambda rows: scoring.greedy_matches(self._model, *rows, first=batch.first, chunk=self.spec.logprob_chunk),
+            lambda rows: scoring.greedy_matches(
+                model, *rows, first=batch.first, chunk=self.spec.logprob_chunk, **self._static
+            ),
         )
 
-    def _score(self, batch: TokenBatch, score: Any) -> np.ndarray:
+    def _score(self, name: str, batch: TokenBatch, score: Any) -> np.ndarray:
         """`score` of micro-batches, all of one shape: the last is filled up with copies of its last row."""
         size = min(self.spec.micro_batch_size, len(batch))
+        filled = -(-size // num_shards(self._mesh)) * num_shards(self._mesh)
         results = []
-        for start in range(0, len(batch), size):
-            rows = np.minimum(np.arange(start, start + size), len(batch) - 1)
-            part = batch.take(rows)
-            results.append(score((_int32(part.tokens), jnp.asarray(part.attention, bool), _int32(part.positions))))
-        return np.concatenate([np.asarray(result) for result in results])[: len(batch)]
+        with jax.set_mesh(self._mesh), self._warm.call(name, filled, batch.tokens.shape[1], batch.first):
+            for start in range(0, len(batch), size):
+                rows = np.minimum(np.arange(start, start + filled), min(start + size, len(batch)) - 1)
+                part = batch.take(rows)
+                arrays = (part.tokens, part.attention, part.positions)
+                results.append(score(tuple(place_rows(_of_device(array), self._mesh) for array in arrays)))
+        return np.concatenate([to_host(result)[:size] for result in results])[: len(batch)]
 
     # Training ------------------------------------------------------------------------------------------------------
 
     def update(self, loss: Loss, batch: TrainBatch, *, learning_rate: float) -> Metrics:
         """One optimizer step; compiled once per loss and shape. Raises ValueError where the rows do not divide."""
         spec = self._optimizer_spec()
-        values, gradients = training.gradients(
-            self._state.model, self._frozen, self._inputs(loss, batch), program=self._program(loss, batch)
-        )
-        self._state, norm = training.apply(self._state, gradients, jnp.asarray(learning_rate, self._dtype), spec=spec)
+        self._decode_copy = None  # of weights that are about to change; its memory is free for the step
+        inputs, program = self._inputs(loss, batch), self._program(loss, batch)
+        with jax.set_mesh(self._mesh), self._warm.call("update", *_key(program, inputs)):
+            values, gradients = training.gradients(self._state.model, self._frozen, inputs, program=program)
+            rate = self._scalar(learning_rate)
+            self._state, norm = training.apply(self._state, gradients, rate, spec=spec)
         return _floats({**values, "grad_norm": norm})
 
     def evaluate(self, loss: Loss, batch: TrainBatch) -> Metrics:
         """The loss and metrics of a step, without one."""
-        return _floats(training.evaluate(self._model, self._inputs(loss, batch), program=self._program(loss, batch)))
+        inputs, program = self._inputs(loss, batch), self._program(loss, batch)
+        with jax.set_mesh(self._mesh), self._warm.call("evaluate", *_key(program, inputs)):
+            return _floats(training.evaluate(self._model, inputs, program=program))
 
     def gradients(self, loss: Loss, batch: TrainBatch) -> Tensors:
         """The unclipped gradient of the step's loss for every trained tensor."""
         inputs, program = self._inputs(loss, batch), self._program(loss, batch)
-        return weights.unpack_trained(training.gradients(self._state.model, self._frozen, inputs, program=program)[1])
+        with jax.set_mesh(self._mesh):
+            found = training.gradients(self._state.model, self._frozen, inputs, program=program)[1]
+        return weights.unpack_trained(found)
 
     def _program(self, loss: Loss, batch: TrainBatch) -> training.Program:
         return training.Program(
-            loss=loss, first=batch.tokens.first, chunk=self.spec.logprob_chunk, remat=self._settings.remat
-        )
+            loss=loss, first=batch.tokens.first, chunk=self.spec.logprob_chunk, remat=self._settings.remat,
+            **self._static,
+        )  # fmt: skip
 
     def _inputs(self, loss: Loss, batch: TrainBatch) -> training.Inputs:
-        """The batch as [micro-batches, rows, ...] on the device; floats in the engine's precision."""
+        """The batch as [micro-batches, rows, ...] on the devices; floats in the engine's precision. Where a micro-batch
+        does not fill the shards of its rows, it is filled up with rows of zeros, which add nothing (`TrainBatch`)."""
         self._need_head("lm" if loss.reads == "logprobs" else "scalar")
         self._check_batch(batch.tokens)
         if loss.entropy and loss.reads != "logprobs":
@@ -182,38 +272,84 @@ class JaxModel:
                 f"a step of {num_rows} rows does not divide into micro-batches of {self.spec.micro_batch_size} rows"
             )
 
+        filler = -size % num_shards(self._mesh)
+
         def cut(array: np.ndarray) -> jax.Array:
             host = np.asarray(array)
             if len(host) != num_rows:
                 raise ValueError(f"an array of the loss has {len(host)} rows, the tokens have {num_rows}")
-            return self._put(host.reshape(num_rows // size, size, *host.shape[1:]))
+            host = _of_device(host, self._dtype).reshape(num_rows // size, size, *host.shape[1:])
+            host = np.pad(host, ((0, 0), (0, filler), *((0, 0),) * (host.ndim - 2)))
+            return place_rows(host, self._mesh, axis=1)
 
         return training.Inputs(
             tokens_MBT=cut(batch.tokens.tokens),
             attention_MBT=cut(batch.tokens.attention),
             positions_MBT=cut(batch.tokens.positions),
             arrays={name: cut(array) for name, array in batch.arrays.items()},
-            denominators={name: jnp.asarray(value, self._dtype) for name, value in batch.denominators.items()},
-            temperature=jnp.asarray(loss.temperature, self._dtype),
-            num_routed=jnp.asarray(float(batch.tokens.attention.sum()) * self._config.num_layers, self._dtype),
+            denominators={name: self._scalar(value) for name, value in batch.denominators.items()},
+            temperature=self._scalar(loss.temperature),
+            num_routed=self._scalar(float(batch.tokens.attention.sum()) * self._config.num_layers),
         )
 
-    def _put(self, host: np.ndarray) -> jax.Array:
-        """On the device: floats in the engine's precision, integers int32, booleans as they are."""
-        kinds = {"f": self._dtype, "i": np.dtype(np.int32), "u": np.dtype(np.int32), "b": np.dtype(bool)}
-        if host.dtype.kind not in kinds:
-            raise ValueError(f"arrays are float, integer or boolean, got {host.dtype}")
-        return jnp.asarray(host, kinds[host.dtype.kind])
+    def _scalar(self, value: float) -> Any:
+        """On the host: the same in every process, and part of no mesh."""
+        return np.asarray(value, self._dtype)
 
     # Sampling ------------------------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: PromptBatch, sampling: Sampling, uniforms: Float[np.ndarray, "batch new"], *, pad_token_id: int
     ) -> Completions:
-        """Sample completions by inverse CDF on the given uniforms (ignored when greedy)."""
+        """Sample completions by inverse CDF on the given uniforms (ignored when greedy), from a copy of the weights on
+        the decode mesh, which is made where they have changed since the last one."""
         self._need_head("lm")
         self._check_tokens(prompts.tokens)
-        return decode.generate(self._model, prompts, sampling, uniforms, pad_token_id=pad_token_id)
+        copy = self._on_decode_mesh(prompts)
+        mesh = self._over.decode
+        settings = replace(sampling, temperature=float(sampling.temperature > 0), top_p=float(sampling.top_p < 1))
+        settings = replace(settings, stop_token_ids=(0,) * len(sampling.stop_token_ids))
+        with jax.set_mesh(mesh), self._warm.call("generate", prompts.tokens.shape, settings):
+            return decode.generate(copy, prompts, sampling, uniforms, pad_token_id=pad_token_id, mesh=mesh)
+
+    def rollout_metrics(self) -> Metrics:
+        """What the newest decode copy cost: `timing_s/switch`, `switch/bytes_moved`, `switch/bytes_per_second`; empty
+        where none was made since this was last asked."""
+        metrics, self._rollout_metrics = self._rollout_metrics, {}
+        return metrics
+
+    def _on_decode_mesh(self, prompts: PromptBatch) -> weights.Model:
+        if self._decode_copy is None:
+            layout = self._settings.layout
+            with self._warm.call("switch"):
+                switched = switch.switch(self._model, self._over, self._compute, chunk=layout.switch_chunk)
+            self._decode_copy = switched.model
+            self._rollout_metrics = {
+                "timing_s/switch": switched.seconds,
+                "switch/bytes_moved": float(switched.bytes_moved),
+                "switch/bytes_per_second": switched.bytes_moved / switched.seconds,
+            }
+            if layout.switch_check == "logprobs":
+                self._rollout_metrics["switch/logprob_gap_max"] = self._switch_gap(prompts)
+        return self._decode_copy
+
+    def _switch_gap(self, prompts: PromptBatch) -> float:
+        """The largest difference between the prompts' log-probabilities under the two copies. InvariantError beyond the
+        band of the precision."""
+        rows = TokenBatch(tokens=prompts.tokens, attention=prompts.attention, positions=prompts.positions)
+        here = self.logprobs(rows, temperature=1.0)
+        copy, mesh = self._decode_copy, self._mesh
+        assert copy is not None
+        there = decode.logprobs(copy, rows, mesh=self._over.decode)
+        gap = float(np.abs(np.where(rows.attention, here - there, 0)).max())
+        limit = TOLERANCES["sampler_gap"].at(self._settings.precision)
+        if not gap <= limit:
+            raise InvariantError(
+                f"the switch to the decode mesh: log-probabilities of the prompts differ by up to {gap:.3g} (limit "
+                f"{limit:.0e}) between the train mesh ({shape_of(mesh)}) and the decode mesh "
+                f"({shape_of(self._over.decode)})"
+            )
+        return gap
 
     # State ---------------------------------------------------------------------------------------------------------
 
@@ -223,9 +359,10 @@ class JaxModel:
 
     def load_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Replace all weights; adapter, optimizer state and average stay."""
-        model = weights.pack(self._config, self.spec.head, tensors, self._dtype)
-        trained, self._frozen = weights.split(weights.with_adapter(model, self._state.model.adapter))
-        self._state = self._state._replace(model=trained)
+        stored = self._compute if self.spec.optimizer is None else self._dtype
+        model = weights.pack(self._config, self.spec.head, tensors, stored, mesh=self._mesh)
+        trained, frozen = weights.split(weights.with_adapter(model, self._state.model.adapter))
+        self._replace(trained, frozen)
 
     def adapter_weights(self) -> Tensors:
         """Copies of the adapter's tensors, and of a scalar head trained beside it, by PEFT's names."""
@@ -235,7 +372,7 @@ class JaxModel:
     def load_adapter(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Replace them; weights, optimizer state and average stay."""
         self._need_adapter()
-        self._state = self._state._replace(model=self._pack(tensors, "adapter"))
+        self._replace(self._pack(tensors, "adapter"), self._frozen)
 
     def ema_weights(self) -> Tensors:
         """The averaged trained weights. Raises ValueError where `ema_decay` is not set."""
@@ -259,25 +396,34 @@ class JaxModel:
         if not is_adamw and state.second:
             raise UserError("the optimizer state has second moments, SGD has none: use the state of the same optimizer")
         moments = Moments(
-            step=jnp.asarray(state.step, jnp.int32),
+            step=place(np.asarray(state.step, np.int32), replicated(self._mesh)),
             first=self._pack(state.first, "first moments"),
             second=self._pack(state.second, "second moments") if is_adamw else None,
         )
         self._state = optimizer.with_moments(self._state, moments)
 
-    def save_checkpoint(self, directory: Path) -> None:
-        """Everything that training needs to go on bit for bit."""
+    def save_checkpoint(self, directory: Path) -> Callable[[], None]:
+        """Everything that training needs to go on bit for bit; call the result to wait until it is on disk."""
         self._optimizer_spec()
-        checkpoint.save(directory, self._state)
+        return checkpoint.save(directory, self._state)
 
     def load_checkpoint(self, directory: Path) -> None:
         """Go on where `save_checkpoint` was called. Raises UserError for another model's checkpoint."""
         self._optimizer_spec()
         self._state = checkpoint.load(directory, self._state)
+        self._decode_copy = None
 
     @property
     def _model(self) -> weights.Model:
-        return weights.join(self._state.model, self._frozen)
+        model = weights.join(self._state.model, self._frozen)
+        return on_device(model) if self._waits_on_host else model
+
+    def _replace(self, trained: weights.Model, frozen: weights.Model) -> None:
+        """Other weights; the decode copy is of those before."""
+        self._decode_copy = None
+        if self._waits_on_host:
+            trained, frozen = on_host(trained), on_host(frozen)
+        self._state, self._frozen = self._state._replace(model=trained), frozen
 
     def _without_adapter(self) -> weights.Model:
         """The model as it is below its adapter: the reference of a policy that trains one."""
@@ -285,7 +431,7 @@ class JaxModel:
         return weights.with_adapter(self._model, None)
 
     def _pack(self, tensors: Mapping[str, np.ndarray], what: str) -> weights.Model:
-        return weights.pack_trained(self._state.model, tensors, self._dtype, what=what)
+        return weights.pack_trained(self._state.model, tensors, self._dtype, mesh=self._mesh, what=what)
 
     def _need_adapter(self) -> None:
         if self.spec.adapter is None:
@@ -313,8 +459,17 @@ class JaxModel:
             )
 
 
-def _int32(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array, jnp.int32)
+def _of_device(host: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
+    """As the device wants it: floats in `dtype`, integers int32, booleans as they are."""
+    kinds = {"f": np.dtype(dtype), "i": np.dtype(np.int32), "u": np.dtype(np.int32), "b": np.dtype(bool)}
+    if host.dtype.kind not in kinds:
+        raise ValueError(f"arrays are float, integer or boolean, got {host.dtype}")
+    return np.asarray(host, kinds[host.dtype.kind])
+
+
+def _key(program: training.Program, inputs: training.Inputs) -> tuple:
+    """All that changes the compiled step."""
+    return program, tuple((name, array.shape) for name, array in inputs.arrays.items()), inputs.tokens_MBT.shape
 
 
 def _floats(values: Mapping[str, jax.Array]) -> Metrics:

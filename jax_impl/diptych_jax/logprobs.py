@@ -1,9 +1,11 @@
 """Log-probabilities and entropies of tokens without ever holding [batch, time, vocabulary].
 
 Hidden states are cut into chunks of tokens; each chunk's logits exist only inside one step of a `jax.lax.map` whose
-body is rematerialised, so the backward pass makes them again chunk by chunk instead of keeping them.
+body is rematerialised, so the backward pass makes them again chunk by chunk instead of keeping them. On a mesh every
+shard of the rows has its own chunk at the same time, and the vocabulary of a chunk's logits is split over `tensor`.
 
-Dimensions: B batch, T time, E width of the states that a head reads, V vocabulary, C tokens of a chunk.
+Dimensions: B batch, T time, E width of the states that a head reads, V vocabulary, S shards of the rows, C tokens of a
+chunk of one shard, N = B T tokens.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from diptych.engine import Remat
 from diptych_jax.experts import Routing
+from diptych_jax.kernels import Kernel
+from diptych_jax.mesh import constrain, row_shards
+from diptych_jax.model import Unembed
 from diptych_jax.weights import Model
 
-Unembed = Callable[[Array], Array]  # states [C, E] -> logits [C, V], in at least float32
 
-
-def tempered(unembed: Unembed, x_CE: Float[Array, "C E"], temperature: Float[Array, ""]) -> Float[Array, "C V"]:
+def tempered(unembed: Unembed, x: Float[Array, "*C E"], temperature: Float[Array, ""]) -> Float[Array, "*C V"]:
     """Logits divided by the temperature. Sampler and trainer both take them from here."""
-    return unembed(x_CE) / temperature
+    return unembed(x) / temperature
 
 
 def token_logprobs(
@@ -38,17 +41,25 @@ def token_logprobs(
     chunk: int,
     entropy: bool = False,
     remat: Remat = "full",
+    kernel: Kernel = "xla",
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None, Routing | None]:
-    """log p(tokens[b, t] | tokens[b, :t]) of logits / temperature, nats, for columns t >= first (static), else 0.
+    """log p(tokens[b, t] | those of its example before it) of logits / temperature, nats, for columns t >= first
+    (static); 0 before `first`, on padding and on an example's first token.
 
     The second result is the entropy of the distribution that token t was drawn from, aligned the same way and without
     gradient, or None unless `entropy`; the third the routing of a model with experts. `chunk` is the number of tokens
-    whose logits exist at once.
+    of a device whose logits exist at once.
     """
-    x_NE, targets_N, routing = _predictions(model, tokens_BT, attention_BT, positions_BT, first, remat)
-    logprobs_N, entropy_N = chunked_logprobs(model.unembed, x_NE, targets_N, temperature, chunk=chunk, entropy=entropy)
-    shape = tokens_BT.shape
-    return _align(logprobs_N, shape, first), None if entropy_N is None else _align(entropy_N, shape, first), routing
+    x_NE, targets_N, routing = _predictions(model, tokens_BT, attention_BT, positions_BT, first, remat, kernel)
+    logprobs_N, entropy_N = chunked_logprobs(
+        model.unembedding(), x_NE, targets_N, temperature, chunk=chunk, entropy=entropy
+    )
+    follows_BT = _follows(attention_BT, positions_BT)
+
+    def align(values_N: Array) -> Array:
+        return jnp.where(follows_BT, _align(values_N, tokens_BT.shape, first), 0)
+
+    return align(logprobs_N), None if entropy_N is None else align(entropy_N), routing
 
 
 def greedy_matches(
@@ -59,26 +70,36 @@ def greedy_matches(
     *,
     first: int,
     chunk: int,
+    kernel: Kernel = "xla",
 ) -> Bool[Array, "B T"]:
-    """Is tokens[b, t] the likeliest token given those before it (the first largest logit)? False before `first`, on
-    padding and on a row's first token."""
-    x_NE, targets_N, _ = _predictions(model, tokens_BT, attention_BT, positions_BT, first)
+    """Is tokens[b, t] the likeliest token given those of its example before it (the first largest logit)? False before
+    `first`, on padding and on an example's first token."""
+    x_NE, targets_N, _ = _predictions(model, tokens_BT, attention_BT, positions_BT, first, kernel=kernel)
 
-    def body(x_CE, targets_C):
-        return jnp.argmax(model.unembed(x_CE), axis=-1) == targets_C
+    unembed = model.unembedding()
 
-    counted_BT = attention_BT & jnp.pad(attention_BT[:, :-1], ((0, 0), (1, 0)))
-    return _align(_in_chunks(body, x_NE, targets_N, chunk), tokens_BT.shape, first) & counted_BT
+    def body(x_SCE, targets_SC):
+        return jnp.argmax(unembed(x_SCE), axis=-1) == targets_SC
+
+    follows_BT = _follows(attention_BT, positions_BT)
+    return _align(_in_chunks(body, x_NE, targets_N, chunk), tokens_BT.shape, first) & follows_BT
 
 
-def _predictions(model: Model, tokens_BT, attention_BT, positions_BT, first: int, remat: Remat = "full"):
+def _follows(attention_BT: Bool[Array, "B T"], positions_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Is a token of the same example in the column before this one's?"""
+    return attention_BT & (positions_BT != 0) & jnp.pad(attention_BT[:, :-1], ((0, 0), (1, 0)))
+
+
+def _predictions(
+    model: Model, tokens_BT, attention_BT, positions_BT, first: int, remat: Remat = "full", kernel: Kernel = "xla"
+):
     """The states that predict the wanted tokens, one row each, the tokens, and the routing."""
     if model.head_kind != "lm":
         raise ValueError("this model has a scalar head: it has no log-probabilities")
     length = tokens_BT.shape[1]
     if not 1 <= first <= length:
         raise ValueError(f"TokenBatch.first is a column from 1 to {length} (columns from there on count), got {first}")
-    hidden_BTE, routing = model.read(tokens_BT, attention_BT, positions_BT, remat)
+    hidden_BTE, routing = model.read(tokens_BT, attention_BT, positions_BT, remat, kernel)
     # Column t - 1 predicts token t.
     x_NE = hidden_BTE[:, first - 1 : length - 1].reshape(-1, hidden_BTE.shape[-1])
     return x_NE, tokens_BT[:, first:].reshape(-1), routing
@@ -100,27 +121,37 @@ def chunked_logprobs(
     """`token_logprobs` of N rows of hidden states: the log-probability of each row's target, and its entropy."""
 
     @jax.checkpoint
-    def body(x_CE, targets_C):
-        logits_CV = tempered(unembed, x_CE, temperature)
-        normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
-        logprobs_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0] - normalizer_C
+    def body(x_SCE, targets_SC):
+        logits_SCV = tempered(unembed, x_SCE, temperature)
+        normalizer_SC = jax.nn.logsumexp(logits_SCV, axis=-1)
+        # A sum over the vocabulary, which may be split over devices; an index into it would bring it together.
+        is_target_SCV = jnp.arange(logits_SCV.shape[-1]) == targets_SC[..., None]
+        logprobs_SC = jnp.sum(jnp.where(is_target_SCV, logits_SCV, 0), axis=-1) - normalizer_SC
         if not entropy:
-            return logprobs_C, None
-        logprobs_CV = jax.lax.stop_gradient(logits_CV - normalizer_C[:, None])
-        return logprobs_C, -jnp.sum(jnp.exp(logprobs_CV) * logprobs_CV, axis=-1)
+            return logprobs_SC, None
+        logprobs_SCV = jax.lax.stop_gradient(logits_SCV - normalizer_SC[..., None])
+        return logprobs_SC, -jnp.sum(jnp.exp(logprobs_SCV) * logprobs_SCV, axis=-1)
 
     return _in_chunks(body, x_NE, targets_N, chunk)
 
 
 def _in_chunks(body: Callable[[Array, Array], Any], x_NE: Array, targets_N: Array, chunk: int) -> Any:
-    """`body` of the rows, shared out evenly over ceil(N / chunk) chunks; so fewer than that many rows of padding."""
-    num_rows = len(targets_N)
-    num_chunks = max(1, -(-num_rows // chunk))
+    """`body` of the rows [S, C, ...] of a chunk: a shard's rows are shared out evenly over ceil(N / S / chunk) chunks;
+    so fewer than that many rows of padding."""
+    shards = row_shards(len(targets_N))
+    rows = len(targets_N) // shards
+    x_SNE = constrain(x_NE.reshape(shards, rows, -1), "rows", None, None)
+    targets_SN = constrain(targets_N.reshape(shards, rows), "rows", None)
+    num_chunks = max(1, -(-rows // chunk))
     if num_chunks == 1:  # no loop to compile and run for a batch that fits
-        return body(x_NE, targets_N)
-    size = -(-num_rows // num_chunks)
-    padding = num_chunks * size - num_rows
-    x_MCE = jnp.pad(x_NE, ((0, padding), (0, 0))).reshape(num_chunks, size, x_NE.shape[-1])
-    targets_MC = jnp.pad(targets_N, (0, padding)).reshape(num_chunks, size)
-    results = jax.lax.map(lambda inputs: body(*inputs), (x_MCE, targets_MC))
-    return jax.tree.map(lambda values: values.reshape(-1)[:num_rows], results)
+        return jax.tree.map(lambda values: values.reshape(-1), body(x_SNE, targets_SN))
+    size = -(-rows // num_chunks)
+    padding = ((0, 0), (0, num_chunks * size - rows))
+    x_SMCE = jnp.pad(x_SNE, (*padding, (0, 0))).reshape(shards, num_chunks, size, -1)
+    targets_SMC = jnp.pad(targets_SN, padding).reshape(shards, num_chunks, size)
+    chunks = (
+        constrain(jnp.swapaxes(x_SMCE, 0, 1), None, "rows", None, None),
+        constrain(jnp.swapaxes(targets_SMC, 0, 1), None, "rows", None),
+    )
+    results_MSC = jax.lax.map(lambda inputs: body(*inputs), chunks)
+    return jax.tree.map(lambda m: jnp.swapaxes(m, 0, 1).reshape(shards, -1)[:, :rows].reshape(-1), results_MSC)

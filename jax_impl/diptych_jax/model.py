@@ -12,7 +12,7 @@ head size, F inner width, V vocabulary, L layers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,15 +23,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from diptych.engine import Head, Remat
 from diptych.families.decoder import GELU_SCALES, Activation, DecoderConfig, Norm, alibi_slopes
-from diptych.families.family import model_slots
+from diptych.families.family import ModelConfig, model_slots
 from diptych_jax.adapter import Adapter
-from diptych_jax.attention import Rotation, attention, rotate, rotation
+from diptych_jax.attention import Rotation, attention, rotate, rotation, segment_ids, self_attention
 from diptych_jax.experts import Routing, mixture
+from diptych_jax.kernels import Kernel
+from diptych_jax.mesh import constrain, gathered
 
-# (queries, keys, values, window) -> (what the queries read, anything else the caller wants of this layer: its cache)
+# (queries, keys, values, what the caller gave the layer as its window) -> (what the queries read, and whatever else the
+# caller wants of this layer: its cache)
 Attend = Callable[[Array, Array, Array, Array | int | None], tuple[Float[Array, "B T N H"], Any]]
-Cache = list[tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]  # keys and values of each layer
-UNLIMITED = 2**30  # a window that no sequence fills
+Cache = list[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]  # keys and values of each layer
+Unembed = Callable[[Array], Array]  # states [..., E] -> logits [..., V], in at least float32
 # What `jax.checkpoint` may keep of a layer.
 POLICIES = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_saveable}
 
@@ -83,6 +86,11 @@ class Parameters(nnx.Module):
         """The array of a slot, None where the model has no such slot."""
         parameter = getattr(self, name)
         return None if parameter is None else parameter[...]
+
+    def gathered(self, config: ModelConfig, names: tuple[str, ...]) -> dict[str, Array]:
+        """The arrays of these slots, of one layer, whole along fsdp."""
+        table = model_slots(config, "lm") | model_slots(config, "scalar")
+        return {name: gathered(self[name], table[name]) for name in names if self[name] is not None}
 
     def changed(self, names: tuple[str, ...], adapter: Adapter) -> dict[str, Array]:
         """The arrays of these slots with an adapter's changes added."""
@@ -137,8 +145,9 @@ class DecoderLayer(Parameters):
         return x_BTD, cache, routing
 
     def adapted(self, adapter: Adapter | None) -> DecoderLayer:
-        """The layer with an adapter's changes added to its weights."""
-        return self if adapter is None else DecoderLayer(self.config, self.changed(LAYER_SLOTS, adapter))
+        """The layer as it runs: whole along fsdp, an adapter's changes added to its weights."""
+        layer = DecoderLayer(self.config, self.gathered(self.config, LAYER_SLOTS))
+        return layer if adapter is None else DecoderLayer(self.config, layer.changed(LAYER_SLOTS, adapter))
 
     def norm(self, name: str, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return normalize(x_BTD, self[name], self[f"{name}_bias"], self.config.norm)
@@ -154,7 +163,9 @@ class DecoderLayer(Parameters):
             k_BTKH = normalize(k_BTKH, self["key_norm"], None, self.config.norm)
         if angles is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+        q_BTNH, k_BTKH, v_BTKH = (constrain(part, "rows", None, "tensor", None) for part in (q_BTNH, k_BTKH, v_BTKH))
         read_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, window)
+        read_BTNH = constrain(read_BTNH, "rows", None, "tensor", None)
         return add(jnp.einsum("BTNH,NHD->BTD", read_BTNH, self["output"]), self["output_bias"]), cache
 
     def mlp(
@@ -174,7 +185,16 @@ class DecoderLayer(Parameters):
             )
         up_BTF = add(jnp.einsum("BTD,DF->BTF", x_BTD, self["up"]), self["up_bias"])
         inner_BTF = act(jnp.einsum("BTD,DF->BTF", x_BTD, self["gate"])) * up_BTF if self.config.gated else act(up_BTF)
+        inner_BTF = constrain(inner_BTF, "rows", None, "tensor")
         return add(jnp.einsum("BTF,FD->BTD", inner_BTF, self["down"]), self["down_bias"]), None
+
+
+def product(x: Float[Array, "*C E"], table_VE: Float[Array, "V E"]) -> Float[Array, "*C V"]:
+    """Logits before bias and cap. Upcast: they leave the matrix product in at least float32, before temperature and
+    log-softmax."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("...E,VE->...V", x, table_VE, preferred_element_type=wide)
+    return constrain(logits, "rows", *(None,) * (x.ndim - 2), "tensor")
 
 
 def add(x: Float[Array, "..."], bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -188,9 +208,14 @@ class LanguageModel(Parameters):
     config: Any
     layers: Parameters
 
+    def top(self, name: str) -> Any:
+        """The array of a slot that is not per layer, whole along fsdp; None where the model has no such slot."""
+        table = model_slots(self.config, self.head_kind)
+        return gathered(self[name], table[name]) if name in table else None
+
     @property
     def head_kind(self) -> Head:
-        return "lm" if self["score"] is None else "scalar"
+        return "lm" if getattr(self, "score", None) is None else "scalar"
 
     @property
     def dtype(self) -> Any:
@@ -205,40 +230,55 @@ class LanguageModel(Parameters):
 class Decoder(LanguageModel):
     """Attention and MLP layers between embeddings, final norm and head."""
 
-    def __init__(self, config: DecoderConfig, values: Mapping[str, Array], adapter: Adapter | None = None):
-        """values: every slot of the model; those of layers stacked on a leading axis."""
+    layers: Any  # a DecoderLayer whose parameters are stacked, or (decoding) a list of one for each layer
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        values: Mapping[str, Array],
+        adapter: Adapter | None = None,
+        *,
+        layers: Sequence[Mapping[str, Array]] | None = None,
+    ):
+        """values: every slot of the model; those of layers stacked on a leading axis, or given one by one, `layers`."""
         self.config = config
         self.adapter = adapter
         self.hold(values, TOP_SLOTS)
-        self.layers = DecoderLayer(config, {name: value for name, value in values.items() if name in LAYER_SLOTS})
+        if layers is None:
+            self.layers = DecoderLayer(config, {name: value for name, value in values.items() if name in LAYER_SLOTS})
+        else:
+            self.layers = nnx.List([DecoderLayer(config, layer) for layer in layers])
 
     def embed(self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings as the first layer reads them; token ids are checked on the host, since JAX would clamp a wrong
         one silently."""
         config = self.config
-        x_BTD = self["embedding"][tokens_BT] * config.embedding_scale
+        # The constraint is for the gradient: summed whole along fsdp, then split; the rows it sums over are split too.
+        table_VE = constrain(self.top("embedding"), "tensor", None)
+        x_BTD = constrain(table_VE[tokens_BT], "rows", None, None) * config.embedding_scale
         if self["project_in"] is not None:
-            x_BTD = jnp.einsum("BTE,ED->BTD", x_BTD, self["project_in"])
+            x_BTD = jnp.einsum("BTE,ED->BTD", x_BTD, self.top("project_in"))
         if config.position_offset is not None:
-            x_BTD = x_BTD + self["positions"][positions_BT + config.position_offset]
+            x_BTD = x_BTD + self.top("positions")[positions_BT + config.position_offset]
         if config.embedding_norm:
             x_BTD = normalize(x_BTD, self["embedding_norm"], self["embedding_norm_bias"], config.norm)
-        return x_BTD
+        return constrain(x_BTD, "rows", None, None)
 
     def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """The last norm and projection: what a head reads."""
         if self.config.final_norm:
             x_BTD = normalize(x_BTD, self["final_norm"], self["final_norm_bias"], self.config.norm)
-        return x_BTD if self["project_out"] is None else jnp.einsum("BTD,DE->BTE", x_BTD, self["project_out"])
+        return x_BTD if self["project_out"] is None else jnp.einsum("BTD,DE->BTE", x_BTD, self.top("project_out"))
 
-    def unembed(self, x_CE: Float[Array, "C E"]) -> Float[Array, "C V"]:
-        """Logits, in at least float32."""
-        table_VE = self["embedding"] if self["head"] is None else self["head"]
-        # Upcast: logits leave the matrix product in at least float32, before temperature and log-softmax.
-        wide = jnp.promote_types(x_CE.dtype, jnp.float32)
-        logits_CV = jnp.einsum("CE,VE->CV", x_CE, table_VE, preferred_element_type=wide)
-        cap = self.config.logit_softcap
-        return logits_CV if cap is None else cap * jnp.tanh(logits_CV / cap)
+    def unembedding(self) -> Unembed:
+        """Logits of states. Made once before a loop: it brings the table's parts together."""
+        table_VE, cap = self.top("embedding" if self["head"] is None else "head"), self.config.logit_softcap
+
+        def unembed(x: Float[Array, "*C E"]) -> Float[Array, "*C V"]:
+            logits = product(x, table_VE)
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+        return unembed
 
     def angles(self, positions_BT: Int[Array, "B T"]) -> list[Rotation | None]:
         """The rotation of each layer."""
@@ -260,25 +300,29 @@ class Decoder(LanguageModel):
         attention_BT: Bool[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         remat: Remat = "full",
+        kernel: Kernel = "xla",
     ) -> Reading:
-        """The training forward. Column t attends to the real columns up to t, within its window.
+        """The training forward. Column t attends to the columns of its own example up to t, within its window; an
+        example begins where a position is 0.
 
         Columns outside `attention_BT` hold finite numbers without meaning.
         """
         config = self.config
-        columns = jnp.arange(tokens_BT.shape[1])
-        distance_TT = columns[:, None] - columns[None, :]
-        mask_BTS = (distance_TT >= 0)[None] & attention_BT[:, None, :]
-        bias_BNTS = self.bias(positions_BT, positions_BT)
+        # What differs between layers is scanned with them: which of the windows, and which of two rotations.
+        windows = tuple(dict.fromkeys(config.windows))
+        windows_L = jnp.asarray([windows.index(window) for window in config.windows]) if len(windows) > 1 else None
+        read = self_attention(
+            segment_ids(attention_BT, positions_BT),
+            windows=windows,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            bias_BNTS=self.bias(positions_BT, positions_BT),
+            kernel=kernel,
+        )
 
         def attend(q_BTNH, k_BTKH, v_BTKH, window):
-            mask = mask_BTS if window is None else mask_BTS & (distance_TT < window)
-            return _attention(config, q_BTNH, k_BTKH, v_BTKH, mask, bias_BNTS), None
+            return read(q_BTNH, k_BTKH, v_BTKH, window), None
 
-        # What differs between layers is scanned with them: the window, and which of two rotations.
-        windows_L = None
-        if any(window is not None for window in config.windows):
-            windows_L = jnp.asarray([UNLIMITED if window is None else window for window in config.windows])
         made = [rotation(positions_BT, rope, self.dtype) for rope in config.ropes]
         which_L = jnp.asarray(config.rope_of_layer) if len(made) > 1 else None
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *made) if len(made) > 1 else None
@@ -289,7 +333,7 @@ class Decoder(LanguageModel):
             if which is not None:
                 angles = jax.tree.map(lambda part: part[which], stacked)
             x_BTD, _, routing = layer.adapted(adapter)(x_BTD, angles, window, attend, attention_BT)
-            return x_BTD, routing
+            return constrain(x_BTD, "rows", None, None), routing
 
         # "full": the backward pass makes a layer's activations again from its input. It keeps a third of the memory,
         # and on a CPU takes four fifths of the time that writing and reading them takes. (Inside a scan nothing can be
@@ -303,12 +347,17 @@ class Decoder(LanguageModel):
         return Reading(self.finish(x_BTD), routing)
 
     def state(self, batch: int, columns: int) -> Cache:
-        """An empty cache of `columns` columns."""
-        shape = (batch, columns, self.config.num_kv_heads, self.config.head_dim)
-        return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.config.num_layers)]
+        """An empty cache of `columns` columns. Heads come before columns: a step's products then read it as it lies."""
+        shape = (batch, self.config.num_kv_heads, columns, self.config.head_dim)
+        return [
+            (_laid(jnp.zeros(shape, self.dtype)), _laid(jnp.zeros(shape, self.dtype)))
+            for _ in range(self.config.num_layers)
+        ]
 
     def reader(self) -> Callable[..., tuple[Float[Array, "B T E"], Cache]]:
-        """`Extend`: reads tokens into a cache. Made once before a loop: it takes the layers apart."""
+        """`Extend`: reads tokens into a cache. Made once before a loop: it takes the layers apart, unless they are."""
+        if isinstance(self.layers, nnx.List):  # a decode copy (`switch`): an adapter is merged
+            return partial(_extend, self, list(self.layers))
         apart = [
             jax.tree.map(operator.itemgetter(index), (self.layers, self.adapter))
             for index in range(self.config.num_layers)
@@ -322,42 +371,64 @@ def _attention(config: DecoderConfig, q, k, v, mask_BTS, bias_BNTS) -> Float[Arr
     )
 
 
+def _laid(cache_BKSH: Float[Array, "B K S H"]) -> Float[Array, "B K S H"]:
+    return constrain(cache_BKSH, "rows", "tensor", None, None)
+
+
+def _written(
+    cache_BKSH: Float[Array, "B K S H"], new_BTKH: Float[Array, "B T K H"], column: int | Array
+) -> Float[Array, "B K S H"]:
+    """The cache with T columns from `column` on replaced: one for all rows, or each row's own [B]."""
+    new_BKTH = jnp.swapaxes(new_BTKH, 1, 2)
+    if jnp.ndim(column) == 0:
+        return _laid(jax.lax.dynamic_update_slice_in_dim(cache_BKSH, new_BKTH, column, axis=2))
+    each = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+    return _laid(each(cache_BKSH, new_BKTH, column))
+
+
 def _extend(
     model: Decoder,
     layers: list[DecoderLayer],
     state: Cache,
     tokens_BT: Int[Array, "B T"],
-    attention_BT: Bool[Array, "B T"],
-    positions_BT: Int[Array, "B T"],
+    padding_B: Int[Array, " B"],
     *,
     column: int | Array,
-    attention_BS: Bool[Array, "B S"],
-    positions_BS: Int[Array, "B S"],
+    ends: tuple[int, ...],
+    which: int | Array = 0,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     """Read T more tokens of every row into columns column .. column + T - 1 of the cache; their hidden states.
 
-    attention_BS, positions_BS: of all columns of the cache, those still empty included. Where `column` is a Python
-    number only the columns before column + T are read.
+    padding_B: columns before a row's first token; all later ones up to the present are real. column: of all rows, or
+    [B]. Only the first `ends[which]` columns are read: they must hold every column that matters.
     """
     config = model.config
-    length = tokens_BT.shape[1]
-    end = column + length if isinstance(column, int) else attention_BS.shape[1]
-    queries_T, keys_S = column + jnp.arange(length), jnp.arange(end)
-    distance_TS = queries_T[:, None] - keys_S[None, :]
-    mask_BTS = (distance_TS >= 0)[None] & attention_BS[:, None, :end]
-    bias_BNTS = model.bias(positions_BT, positions_BS[:, :end])
+    queries_BT = jnp.reshape(column, (-1, 1)) + jnp.arange(tokens_BT.shape[1])  # one row where `column` is of all
+    keys_S = jnp.arange(ends[-1])
+    distance_BTS = queries_BT[..., None] - keys_S
+    mask_BTS = (distance_BTS >= 0) & (keys_S >= padding_B[:, None, None])
+    positions_BT = jnp.maximum(queries_BT - padding_B[:, None], 0)
+    attention_BT = queries_BT >= padding_B[:, None]
+    bias_BNTS = model.bias(positions_BT, jnp.maximum(keys_S - padding_B[:, None], 0))
     x_BTD = model.embed(tokens_BT, positions_BT)
     new_state: Cache = []
-    for layer, angles, window, (keys_BSKH, values_BSKH) in zip(
+    for layer, angles, window, (keys_BKSH, values_BKSH) in zip(
         layers, model.angles(positions_BT), config.windows, state, strict=True
     ):
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, window, keys_BSKH=keys_BSKH, values_BSKH=values_BSKH):
-            keys_BSKH = jax.lax.dynamic_update_slice_in_dim(keys_BSKH, k_BTKH, column, axis=1)
-            values_BSKH = jax.lax.dynamic_update_slice_in_dim(values_BSKH, v_BTKH, column, axis=1)
-            mask = mask_BTS if window is None else mask_BTS & (distance_TS < window)
-            read = _attention(config, q_BTNH, keys_BSKH[:, :end], values_BSKH[:, :end], mask, bias_BNTS)
-            return read, (keys_BSKH, values_BSKH)
+        def attend(q_BTNH, k_BTKH, v_BTKH, window, keys_BKSH=keys_BKSH, values_BKSH=values_BKSH):
+            keys_BKSH = _written(keys_BKSH, k_BTKH, column)
+            values_BKSH = _written(values_BKSH, v_BTKH, column)
+            seen_BTS = mask_BTS if window is None else mask_BTS & (distance_BTS < window)
+
+            def read(end: int) -> Array:
+                k_BSKH, v_BSKH = (jnp.swapaxes(part[:, :, :end], 1, 2) for part in (keys_BKSH, values_BKSH))
+                bias = None if bias_BNTS is None else bias_BNTS[..., :end]
+                return _attention(config, q_BTNH, k_BSKH, v_BSKH, seen_BTS[..., :end], bias)
+
+            if len(ends) == 1:
+                return read(ends[0]), (keys_BKSH, values_BKSH)
+            return jax.lax.switch(which, [partial(read, end) for end in ends]), (keys_BKSH, values_BKSH)
 
         x_BTD, written, _ = layer(x_BTD, angles, window, attend, attention_BT)
         new_state.append(written)
@@ -371,11 +442,12 @@ def scores(
     positions_BT: Int[Array, "B T"],
     *,
     remat: Remat = "full",
+    kernel: Kernel = "xla",
 ) -> tuple[Float[Array, "B T"], Routing | None]:
     """The scalar head after each token, in at least float32, and the routing."""
     if model.head_kind != "scalar":
         raise ValueError("this model has an lm head: it has no scores")
-    hidden_BTE, routing = model.read(tokens_BT, attention_BT, positions_BT, remat)
+    hidden_BTE, routing = model.read(tokens_BT, attention_BT, positions_BT, remat, kernel)
     # Upcast: scores in at least float32.
     wide = jnp.promote_types(hidden_BTE.dtype, jnp.float32)
-    return jnp.einsum("BTE,E->BT", hidden_BTE, model["score"][0], preferred_element_type=wide), routing
+    return jnp.einsum("BTE,E->BT", hidden_BTE, model.top("score")[0], preferred_element_type=wide), routing

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from diptych.engine import OptimizerSpec
-from diptych_jax.weights import Model, decayed
+from diptych_jax.mesh import place, replicated
+from diptych_jax.weights import Model, decayed, pinned
 
 
 class TrainState(NamedTuple):
@@ -37,11 +40,14 @@ class Moments(NamedTuple):
     second: Model | None
 
 
-def create(spec: OptimizerSpec, model: Model) -> TrainState:
-    """The state before the first update; the average starts at the weights."""
+def create(spec: OptimizerSpec, model: Model, mesh: Mesh) -> TrainState:
+    """The state before the first update, laid out as the weights are; the average starts at the weights."""
     ema = None if spec.ema_decay is None else jax.tree.map(lambda parameter: jnp.array(parameter, copy=True), model)
     init: Any = transformation(spec).init
-    return TrainState(model, init(model), ema)
+    state = TrainState(model, init(model), ema)
+    # The count lies on the mesh from the first step on: another place would be another program.
+    step = place(np.zeros((), np.int32), replicated(mesh))
+    return with_moments(state, moments_of(state)._replace(step=step))
 
 
 def transformation(spec: OptimizerSpec) -> optax.GradientTransformation:
@@ -130,5 +136,8 @@ def apply(
     ema, decay = None, spec.ema_decay
     if decay is not None:
         # The average has the type of the weights, which is at least float32.
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, model)
-    return TrainState(model, optimizer, ema), norm
+        ema = pinned(jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, model))
+    moments = moments_of(TrainState(model, optimizer, ema))
+    second = None if moments.second is None else pinned(moments.second)
+    moments = moments._replace(first=pinned(moments.first), second=second)
+    return with_moments(TrainState(pinned(model), optimizer, ema), moments), norm

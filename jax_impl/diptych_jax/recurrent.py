@@ -19,11 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from diptych.engine import Remat
 from diptych.families.recurrent import RecurrentConfig
 from diptych_jax.adapter import Adapter
-from diptych_jax.model import LanguageModel, Parameters, Reading
+from diptych_jax.kernels import Kernel
+from diptych_jax.mesh import constrain
+from diptych_jax.model import LanguageModel, Parameters, Reading, Unembed, product
 
 LAYER_SLOTS = ("input", "recurrent", "recurrent_bias")
 TOP_SLOTS = ("embedding", "head", "head_bias", "score")
-State = Float[Array, "L B D"]
+State = Float[Array, "B L D"]
 
 
 class RecurrentLayers(Parameters):
@@ -42,13 +44,15 @@ class Recurrent(LanguageModel):
         self.hold(values, TOP_SLOTS)
         self.layers = RecurrentLayers(values)
 
-    def unembed(self, x_CE: Float[Array, "C E"]) -> Float[Array, "C V"]:
-        """Logits, in at least float32."""
-        table_VE = self["embedding"] if self["head"] is None else self["head"]
-        # Upcast: logits leave the matrix product in at least float32, before temperature and log-softmax.
-        wide = jnp.promote_types(x_CE.dtype, jnp.float32)
-        logits_CV = jnp.einsum("CE,VE->CV", x_CE, table_VE, preferred_element_type=wide)
-        return logits_CV + self["head_bias"].astype(wide)
+    def unembedding(self) -> Unembed:
+        """Logits of states. Made once before a loop: it brings the table's parts together."""
+        table_VE, bias_V = self.top("embedding" if self["head"] is None else "head"), self["head_bias"]
+
+        def unembed(x: Float[Array, "*C E"]) -> Float[Array, "*C V"]:
+            logits = product(x, table_VE)
+            return logits + bias_V.astype(logits.dtype)
+
+        return unembed
 
     def read(
         self,
@@ -56,47 +60,60 @@ class Recurrent(LanguageModel):
         attention_BT: Bool[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         remat: Remat = "full",
+        kernel: Kernel = "xla",
     ) -> Reading:
-        """The states of the last layer at every column. Positions say nothing to a recurrent model, and there is
-        nothing to make again: the states are all that it keeps."""
-        del positions_BT, remat
+        """The states of the last layer at every column. Of positions only 0 says something: an example begins, and the
+        state with it. There is nothing to make again: the states are all that it keeps."""
+        del remat, kernel
         start = self.state(tokens_BT.shape[0], 0)
-        return Reading(self._run(start, tokens_BT, attention_BT)[0], None)
+        return Reading(self._run(start, tokens_BT, attention_BT, positions_BT)[0], None)
 
     def state(self, batch: int, columns: int) -> State:
         """The state before the first token. `columns` is a cache's business."""
         del columns
-        return jnp.zeros((self.config.num_layers, batch, self.config.hidden_size), self.dtype)
+        zeros_BLD = jnp.zeros((batch, self.config.num_layers, self.config.hidden_size), self.dtype)
+        return constrain(zeros_BLD, "rows", None, None)
 
     def reader(self) -> Callable[..., tuple[Float[Array, "B T D"], State]]:
-        """Reads tokens into the state: `diptych_jax.model._extend` without columns."""
+        """Reads tokens into the state: `diptych_jax.model._extend` without a cache."""
 
-        def extend(state: State, tokens_BT: Array, attention_BT: Array, positions_BT: Array, **columns: Any):
-            del positions_BT, columns
-            return self._run(state, tokens_BT, attention_BT)
+        def extend(state: State, tokens_BT: Array, padding_B: Array, *, column: int | Array, **columns: Any):
+            del columns
+            queries_BT = jnp.reshape(column, (-1, 1)) + jnp.arange(tokens_BT.shape[1])
+            attention_BT = queries_BT >= padding_B[:, None]
+            positions_BT = jnp.maximum(queries_BT - padding_B[:, None], 0)
+            return self._run(state, tokens_BT, attention_BT, positions_BT)
 
         return extend
 
     def _run(
-        self, state_LBD: State, tokens_BT: Int[Array, "B T"], attention_BT: Bool[Array, "B T"]
+        self,
+        state_BLD: State,
+        tokens_BT: Int[Array, "B T"],
+        attention_BT: Bool[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], State]:
         """All columns through all layers, from the given state to the one after the last column."""
         function = jnp.tanh if self.config.nonlinearity == "tanh" else jax.nn.relu
+        begins_TB = (positions_BT == 0).T
 
         def layer(x_TBD, scanned):
             parameters, adapter, first_BD = scanned
+            parameters = RecurrentLayers(parameters.gathered(self.config, LAYER_SLOTS))
             if adapter is not None:
                 parameters = RecurrentLayers(parameters.changed(LAYER_SLOTS, adapter))
             added_TBD = jnp.einsum("TBI,ID->TBD", x_TBD, parameters["input"]) + parameters["recurrent_bias"]
             added_TBD = jnp.where(attention_BT.T[:, :, None], added_TBD, 0)
 
-            def step(h_BD, added_BD):
+            def step(h_BD, column):
+                added_BD, begins_B = column
+                h_BD = jnp.where(begins_B[:, None], 0, h_BD)
                 h_BD = function(added_BD + jnp.einsum("BI,ID->BD", h_BD, parameters["recurrent"]))
                 return h_BD, h_BD
 
-            last_BD, h_TBD = jax.lax.scan(step, first_BD, added_TBD)
+            last_BD, h_TBD = jax.lax.scan(step, first_BD, (added_TBD, begins_TB))
             return h_TBD, last_BD
 
-        x_TBD = jnp.swapaxes(self["embedding"][tokens_BT], 0, 1)
-        h_TBD, last_LBD = jax.lax.scan(layer, x_TBD, (self.layers, self.adapter, state_LBD))
-        return jnp.swapaxes(h_TBD, 0, 1), last_LBD
+        x_TBD = constrain(jnp.swapaxes(self.top("embedding")[tokens_BT], 0, 1), None, "rows", None)
+        h_TBD, last_LBD = jax.lax.scan(layer, x_TBD, (self.layers, self.adapter, jnp.swapaxes(state_BLD, 0, 1)))
+        return jnp.swapaxes(h_TBD, 0, 1), jnp.swapaxes(last_LBD, 0, 1)

@@ -2,7 +2,9 @@
 
 A batch arrives as [micro-batches, rows, ...]. Losses divide by denominators of the whole step (law 4), so everything
 that comes back is a plain sum over micro-batches; they run one after another in a `jax.lax.scan`, and memory does not
-grow with their number. Loss, shapes and optimizer are static; weights, arrays, denominators, temperature and learning
+grow with their number. On a mesh, gradients and their sums lie as the weights do (each micro-batch's are
+reduce-scattered). In bfloat16 the weights are cast where a micro-batch begins; gradients are of the float32 masters.
+Loss, shapes and optimizer are static; weights, arrays, denominators, temperature and learning
 rate are not: the programs are compiled once per (loss, shapes, model). The optimizer's part is a program of its own, so
 that an update and a look at its gradients share the one that takes long to compile.
 """
@@ -21,10 +23,11 @@ from diptych.engine import Loss, OptimizerSpec, Remat
 from diptych.families.decoder import DecoderConfig
 from diptych_jax import optimizer
 from diptych_jax.experts import Routing
+from diptych_jax.kernels import Kernel
 from diptych_jax.logprobs import token_logprobs
 from diptych_jax.model import scores
 from diptych_jax.optimizer import TrainState
-from diptych_jax.weights import Model, join
+from diptych_jax.weights import Model, cast, join, pinned
 
 Values = dict[str, Array]  # metric name -> scalar
 
@@ -43,12 +46,14 @@ class Inputs(NamedTuple):
 
 class Program(NamedTuple):
     """What changes the compiled step besides shapes. first: TokenBatch.first. chunk: ModelSpec.logprob_chunk. remat:
-    EngineSettings.remat."""
+    EngineSettings.remat. compute: dtype of activations and matrix products. kernel: `kernels.choose`'s."""
 
     loss: Loss
     first: int
     chunk: int
     remat: Remat
+    compute: str
+    kernel: Kernel = "xla"
 
 
 def _loss(
@@ -80,9 +85,9 @@ def _loss(
 
 def _outputs(model: Model, micro: Inputs, program: Program) -> tuple[Array, Array | None, Routing | None]:
     """What the loss reads: log-probabilities (and entropy) or scores; and the routing."""
-    rows = (model, micro.tokens_MBT, micro.attention_MBT, micro.positions_MBT)
+    rows = (cast(model, program.compute), micro.tokens_MBT, micro.attention_MBT, micro.positions_MBT)
     if program.loss.reads == "scores":
-        outputs, routing = scores(*rows, remat=program.remat)
+        outputs, routing = scores(*rows, remat=program.remat, kernel=program.kernel)
         return outputs, None, routing
     return token_logprobs(
         *rows,
@@ -91,6 +96,7 @@ def _outputs(model: Model, micro: Inputs, program: Program) -> tuple[Array, Arra
         chunk=program.chunk,
         entropy=program.loss.entropy,
         remat=program.remat,
+        kernel=program.kernel,
     )
 
 
@@ -157,9 +163,9 @@ def gradients(trained: Model, frozen: Model, inputs: Inputs, *, program: Program
 
     def body(total: Model, rows: tuple) -> tuple[Model, Values]:
         (value, metrics), gradient = differentiate(trained, _micro(inputs, rows))
-        return jax.tree.map(jnp.add, total, gradient), {"loss": value, **metrics}
+        return pinned(jax.tree.map(jnp.add, total, gradient)), {"loss": value, **metrics}
 
-    zeros = jax.tree.map(jnp.zeros_like, trained)
+    zeros = pinned(jax.tree.map(jnp.zeros_like, trained))
     total, values = jax.lax.scan(body, zeros, inputs[:4])
     return _combine(values), total
 

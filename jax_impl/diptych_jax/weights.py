@@ -12,14 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from diptych.engine import Head, Tensors
 from diptych.errors import UserError
 from diptych.families.adapter import SCORE
+from diptych.families.decoder import Slot
 from diptych.families.family import ModelConfig, TensorRule, model_slots, tensor_places, tensor_rules, tensor_shapes
 from diptych.families.recurrent import RecurrentConfig
 from diptych_jax import adapter as adapters
 from diptych_jax.adapter import Adapter
+from diptych_jax.mesh import parameter_sharding, pin, place, to_host
 from diptych_jax.model import Decoder
 from diptych_jax.recurrent import Recurrent
 
@@ -56,9 +59,15 @@ def with_adapter(model: Model, adapter: Adapter | None) -> Model:
 
 
 def pack(
-    config: ModelConfig, head: Head, tensors: Mapping[str, np.ndarray], dtype: np.dtype, *, what: str = "weights"
+    config: ModelConfig,
+    head: Head,
+    tensors: Mapping[str, np.ndarray],
+    dtype: Any,
+    *,
+    mesh: Mesh | None = None,
+    what: str = "weights",
 ) -> Model:
-    """The model that holds copies of `tensors`. Raises UserError for missing, left-over or misshapen ones.
+    """The model that holds copies of `tensors`, on a mesh. Raises UserError for missing, left-over or misshapen ones.
 
     Tensors are asked for one at a time, so that a mapping which reads from a disk holds one; beside the model itself
     the host holds one slot of all layers.
@@ -85,8 +94,9 @@ def pack(
                     stacks[slot] = _aligned(lead + value.shape, dtype)
                 stacks[slot][at] = value
         for slot in list(stacks):
+            host = stacks.pop(slot) if rule.per_layer else stacks.pop(slot)[0]
             # Nobody else holds this memory, so on a CPU JAX may keep it instead of a copy.
-            values[slot] = jnp.asarray(stacks.pop(slot) if rule.per_layer else stacks.pop(slot)[0])
+            values[slot] = jnp.asarray(host) if mesh is None else place(host, parameter_sharding(table[slot], mesh))
     check(config, head, shapes, what=what)
     return build(config, values)
 
@@ -115,12 +125,24 @@ def _part(array: jax.Array, rule: TensorRule, layer: int | None, expert: int) ->
     """One layer's and expert's share of a slot, as a copy: NumPy's view of a JAX array is its device memory, which the
     next donated update overwrites."""
     part = array if layer is None else array[layer]
-    return np.array(part[expert] if rule.per_expert else part, copy=True)
+    return to_host(part[expert] if rule.per_expert else part)
 
 
 def by_slot(function: Callable[[str, Any], Any], model: Model) -> Model:
     """`function(name, leaf)` of every array of the model, by the name of its slot (an adapter: `a_0`, `b_0`, ...)."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path[-2].name, leaf), model)
+
+
+def pinned(model: Model) -> Model:
+    """Weights, gradients, moments in a traced program: laid out as the weights are on its mesh (an adapter's whole on
+    every device)."""
+    table = model_slots(model.config, model.head_kind)
+    return by_slot(lambda name, leaf: pin(leaf, table.get(name)), model)
+
+
+def cast(model: Model, dtype: Any) -> Model:
+    """The model as it computes: every weight in `dtype`."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), model)
 
 
 def decayed(model: Model) -> Model:
@@ -148,20 +170,24 @@ def join(trained: Model, frozen: Model) -> Model:
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
 
 
-def pack_trained(like: Model, tensors: Mapping[str, np.ndarray], dtype: np.dtype, *, what: str) -> Model:
+def pack_trained(like: Model, tensors: Mapping[str, np.ndarray], dtype: Any, *, mesh: Mesh, what: str) -> Model:
     """Tensors of the trained part, in the structure of `like` (`split`): checkpoint names, or PEFT's."""
     if like.adapter is None:
-        return pack(like.config, like.head_kind, tensors, dtype, what=what)
+        return pack(like.config, like.head_kind, tensors, dtype, mesh=mesh, what=what)
     parts = dict(tensors)
     score = parts.pop(SCORE, None)
     if (score is None) != (like.head_kind == "lm"):
         raise UserError(f"{what}: {SCORE} is {'missing' if score is None else 'left over'}")
-    held = adapters.pack(like.config, like.adapter.spec, parts, dtype, what=what)
+    held = adapters.pack(like.config, like.adapter.spec, parts, dtype, mesh=mesh, what=what)
     values = {name: leaf for name, leaf in vars(held).items() if name[:2] in ("a_", "b_")}
     values = {name: parameter[...] for name, parameter in values.items()}
     if score is not None:
-        values["score"] = jnp.array(score, dtype=dtype, copy=True)
+        values["score"] = place(np.array(score, dtype=dtype), parameter_sharding(_score_slot(like), mesh))
     return by_slot(lambda name, _: values[name], like)
+
+
+def _score_slot(model: Model) -> Slot:
+    return model_slots(model.config, "scalar")["score"]
 
 
 def unpack_trained(trained: Model) -> Tensors:
@@ -170,5 +196,5 @@ def unpack_trained(trained: Model) -> Tensors:
         return unpack(trained)
     tensors = adapters.unpack(trained.adapter)
     if trained.head_kind == "scalar":
-        tensors[SCORE] = np.array(trained["score"], copy=True)
+        tensors[SCORE] = to_host(trained["score"])
     return tensors

@@ -70,7 +70,7 @@ def test_an_adapter_is_what_its_merged_weights_are_and_only_it_is_trained(
     assert all(not np.array_equal(value, adapter[name]) for name, value in model.adapter_weights().items())
     assert model.optimizer_state().first.keys() == adapter.keys()
     model.load_optimizer_state(model.optimizer_state())
-    model.save_checkpoint(tmp_path / "c")
+    model.save_checkpoint(tmp_path / "c")()
     again = _build(config, weights, optimizer=adamw, adapter=adapter)
     again.load_checkpoint(tmp_path / "c")
     assert again.update(sft, batch, learning_rate=1e-2) == model.update(sft, batch, learning_rate=1e-2)

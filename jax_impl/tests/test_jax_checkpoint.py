@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import jax
 import numpy as np
 import pytest
 
+from diptych.engine import EngineSettings
 from diptych.errors import UserError
+from diptych.layout import Layout, MeshShape
+from diptych_jax.engine import create
 
 
 @pytest.mark.parametrize(("precision", "name"), [("float32", "adamw"), ("float64", "sgd")])
@@ -19,8 +25,10 @@ def test_ten_steps_are_five_and_five(precision, name, tiny_model, sft, sft_batch
     metrics = train(straight, range(10))
     stopped = tiny_model(precision, optimizer=spec)
     train(stopped, range(5))
-    stopped.save_checkpoint(tmp_path / "five")
-    train(stopped, range(3))  # a checkpoint is a copy: what follows does not reach it
+    finished = stopped.save_checkpoint(tmp_path / "five")
+    train(stopped, range(3))  # a checkpoint is a copy: what follows does not reach it, while it is written or after
+    finished()
+    train(stopped, range(3))
     zeros = {name: np.zeros_like(value) for name, value in stopped.weights().items()}
     resumed = tiny_model(precision, optimizer=spec, weights=zeros)
     resumed.load_checkpoint(tmp_path / "five")
@@ -49,7 +57,7 @@ def test_ten_steps_are_five_and_five(precision, name, tiny_model, sft, sft_batch
     ],
 )
 def test_what_does_not_fit_is_named(changes, message, tiny_model, adamw, sgd, tmp_path):
-    tiny_model(optimizer=adamw).save_checkpoint(tmp_path)
+    tiny_model(optimizer=adamw).save_checkpoint(tmp_path)()
     other = tiny_model(**{**changes, "optimizer": sgd if "optimizer" in changes else adamw})
     before = other.weights()
     with pytest.raises(UserError, match=message):
@@ -61,11 +69,67 @@ def test_folders_are_checked(tiny_model, sgd, tmp_path):
     model = tiny_model(optimizer=sgd)
     with pytest.raises(UserError, match="is not a checkpoint of the JAX engine"):
         model.load_checkpoint(tmp_path)
-    model.save_checkpoint(tmp_path)
+    model.save_checkpoint(tmp_path)()
     with pytest.raises(UserError, match="goes into an empty folder"):
         model.save_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="frozen"):
         tiny_model().save_checkpoint(tmp_path / "frozen")
+
+
+@pytest.fixture
+def laid_out(tiny_model, adamw, monkeypatch):
+    """The tiny float64 model, with another vector in each device's part, on a mesh of all devices that it needs."""
+    spec = replace(tiny_model("float64", optimizer=adamw, num_hidden_layers=1).spec, micro_batch_size=8)
+
+    def make(mesh: MeshShape):
+        monkeypatch.setenv("DIPTYCH_DEVICES", str(mesh.size))
+        layout = Layout(train=mesh, decode=MeshShape(data=mesh.size))
+        return create(EngineSettings(precision="float64", layout=layout)).model(spec)
+
+    return make
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(laid_out, sft, sft_batch, tmp_path):
+    assert len(jax.devices()) >= 8, "conftest.py asks for them"
+    batch = sft_batch(8)
+    saved = laid_out(MeshShape(fsdp=8))
+    saved.update(sft, batch, learning_rate=1e-2)
+    finished = saved.save_checkpoint(tmp_path)
+    state, average = saved.optimizer_state(), saved.ema_weights()
+    weights = saved.weights()
+    after = saved.update(sft, batch, learning_rate=1e-2)
+    finished()
+    for mesh in (MeshShape(data=2, fsdp=2, tensor=2), MeshShape()):
+        moved = laid_out(mesh)
+        with pytest.raises(AssertionError):  # canary: it starts from other weights
+            _assert_equal(moved.weights(), weights)
+        moved.load_checkpoint(tmp_path)
+        _assert_equal(moved.weights(), weights)
+        _assert_equal(moved.ema_weights(), average)
+        _assert_equal(moved.optimizer_state().first, state.first)
+        _assert_equal(moved.optimizer_state().second, state.second)
+        assert moved.optimizer_state().step == state.step == 1
+        found = moved.update(sft, batch, learning_rate=1e-2)
+        assert found == pytest.approx(after, rel=1e-12)
+        for name, value in saved.weights().items():
+            np.testing.assert_allclose(moved.weights([name])[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_not_wholly_written_is_no_checkpoint(tiny_model, sgd, tmp_path, monkeypatch):
+    """A process that dies while it writes, here before the last step of orbax, leaves what nobody loads."""
+    from orbax.checkpoint._src.path import atomicity
+
+    async def die(*_arguments, **_options):
+        raise OSError("died")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(atomicity, "on_commit_callback", die)
+        finished = tiny_model(optimizer=sgd).save_checkpoint(tmp_path)
+        with pytest.raises(OSError, match="died"):
+            finished()
+    assert [path.name for path in tmp_path.iterdir()] != []
+    with pytest.raises(UserError, match="is not a checkpoint of the JAX engine"):
+        tiny_model(optimizer=sgd).load_checkpoint(tmp_path)
 
 
 def _assert_equal(found, wanted):

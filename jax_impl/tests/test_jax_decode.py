@@ -13,6 +13,8 @@ import pytest
 from diptych.algorithms.sampling import sample
 from diptych.engine import EngineSettings, Finish, ModelSpec, PromptBatch, Sampling, TokenBatch
 from diptych.errors import UserError
+from diptych.families.family import read_model
+from diptych_jax import decode, weights
 from diptych_jax import sampling as device
 from diptych_jax.engine import create
 
@@ -162,6 +164,100 @@ def test_rows_draw_the_same_in_any_company(tiny_model, ragged_batch):
     assert (whole.tokens[2:, :16] != whole.tokens[:2, :16]).any()
 
 
+STOPS = (3, 9, 20, 31, 40)
+
+
+@pytest.fixture
+def packed(tiny_config, hot_weights):
+    """A float64 model of one layer, as `decode` takes it: a decoder (changes of its config), or the recurrent one."""
+    jax.config.update("jax_enable_x64", True)
+
+    def make(**changes):
+        rnn = {"model_type": "rnn", "vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 1}
+        config = rnn if changes.pop("rnn", False) else tiny_config(num_hidden_layers=1, **changes)
+        return weights.pack(read_model(config), "lm", hot_weights(config, "lm"), np.dtype("float64"))
+
+    return make
+
+
+def _generate(model, prompts, decode_rows=None, num_new=12, stop=STOPS, **changes):
+    uniforms = np.random.default_rng(1).random((len(prompts), num_new), dtype=np.float32)
+    sampling = _sampling(num_new=num_new, stop=stop, decode_rows=decode_rows, **changes)
+    return decode.generate(model, prompts, sampling, uniforms, pad_token_id=0)
+
+
+def _difference(a, b) -> float:
+    """The largest difference of two rollouts' numbers; infinite where tokens or ends differ."""
+    for name in ("tokens", "mask", "finish"):
+        if not np.array_equal(getattr(a, name), getattr(b, name)):
+            return np.inf
+    return max(np.abs(a.logprobs - b.logprobs).max(), np.abs(a.margins - b.margins).max())
+
+
+@pytest.mark.parametrize(
+    ("decode_rows", "changes"),
+    [
+        ((1, 3), {}), ((2,), {"temperature": 0.0}), ((5,), {"temperature": 0.9, "top_p": 0.8, "top_k": 30}),
+        ((2,), {"rnn": True}),
+    ],
+    ids=["sampled", "greedy", "truncated", "rnn"],
+)  # fmt: skip
+def test_rows_that_wait_draw_the_same(decode_rows, changes, packed, ragged_batch):
+    """Seven ragged prompts in fewer slots: rows take the places of finished ones, and no number changes."""
+    model = packed(rnn=changes.pop("rnn", False))
+    prompts = _prompts(ragged_batch, num_rows=7)
+    at_once = _generate(model, prompts, **changes)
+    lengths = at_once.mask.sum(axis=1)
+    assert lengths.min() < 6
+    assert len(set(lengths)) > 3
+    for rows in decode_rows:
+        assert _difference(_generate(model, prompts, rows, **changes), at_once) < 1e-13
+
+
+def test_canary_a_refill_that_keeps_something_of_the_old_row_is_seen(packed, ragged_batch, monkeypatch):
+    model, prompts, admitted = packed(), _prompts(ragged_batch, num_rows=7), decode._admitted
+    at_once = _generate(model, prompts)
+    for name in ("padding_B", "state"):
+        function = decode.program.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]  # traced anew
+        program = jax.jit(lambda *inputs, settings, run=function: run(*inputs, settings=settings),
+                          static_argnames=("settings",))  # fmt: skip
+        monkeypatch.setattr(decode, "program", program)
+
+        def keeping(slots, new, put, name=name):
+            return admitted(slots, new, put)._replace(**{name: getattr(slots, name)})
+
+        monkeypatch.setattr(decode, "_admitted", keeping)
+        assert _difference(_generate(model, prompts, 2), at_once) > 1e-6
+        monkeypatch.undo()
+
+
+def test_refills_compile_once(packed, ragged_batch, count_compilations):
+    model, prompts = packed(), _prompts(ragged_batch, num_rows=7)
+    at_once = _generate(model, prompts)
+    first = _generate(model, prompts, 3)
+    with count_compilations() as count:
+        assert _difference(_generate(model, prompts, 9), at_once) == 0  # slots for all: the program without refills
+        other = PromptBatch(tokens=prompts.tokens[::-1], attention=prompts.attention[::-1],
+                            positions=prompts.positions[::-1])  # fmt: skip
+        second = _generate(model, other, 3, stop=(1, 2, 4, 5, 6), temperature=0.7)
+        assert count() == 0
+    assert not np.array_equal(first.mask, second.mask)
+
+
+def test_a_part_of_the_cache_is_read_where_it_holds_all(packed, ragged_batch, monkeypatch):
+    """Steps that choose among prefixes equal steps that read the whole."""
+    assert decode.prefixes(64, 128, "tpu") == (128,)
+    assert decode.prefixes(64, 1024, "cpu") == (1024,)
+    assert decode.prefixes(300, 1022, "tpu") == (511, 767, 1022)
+    prompts = _prompts(ragged_batch, num_rows=5)
+    model = packed(sliding_window=6, model_type="mistral")
+    whole = _generate(model, prompts)
+    for ends, same in (((10, 13, 18, 21), True), ((10, 13, 18), False)):  # canary: the last columns are not read
+        monkeypatch.setattr(decode, "prefixes", lambda *_, ends=ends: ends)
+        difference = _difference(_generate(model, prompts), whole)
+        assert difference < 1e-13 if same else difference > 1e-6
+
+
 def test_settings_compile_nothing(tiny_model, ragged_batch, count_compilations):
     model, prompts = tiny_model(), _prompts(ragged_batch)
     uniforms = np.random.default_rng(1).random((4, 24), dtype=np.float32)
@@ -184,6 +280,11 @@ def test_mistakes_are_errors(tiny_model, ragged_batch):
     right = PromptBatch(tokens=prompts.tokens, attention=prompts.attention[:, ::-1], positions=prompts.positions)
     with pytest.raises(ValueError, match="left-padded"):
         model.generate(right, _sampling(), uniforms, pad_token_id=0)
+    shifted = PromptBatch(tokens=prompts.tokens, attention=prompts.attention, positions=prompts.positions + 1)
+    with pytest.raises(ValueError, match="positions of prompts must count"):
+        model.generate(shifted, _sampling(), uniforms, pad_token_id=0)
+    with pytest.raises(ValueError, match="decode_rows must be 1 or more"):
+        model.generate(prompts, _sampling(decode_rows=0), uniforms, pad_token_id=0)
     with pytest.raises(UserError, match="top_p"):
         model.generate(prompts, _sampling(top_p=0.0), uniforms, pad_token_id=0)
     with pytest.raises(ValueError, match="max_new_tokens"):

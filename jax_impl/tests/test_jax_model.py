@@ -240,8 +240,8 @@ def test_padding_reaches_neither_values_nor_gradients(tiny_model, ragged_batch):
     for name, gradient in a.items():
         assert np.isfinite(gradient).all()
         np.testing.assert_array_equal(gradient, b[name], err_msg=name)
-    everywhere = np.ones_like(batch.attention)
-    unmasked = TokenBatch(tokens=other_tokens, attention=everywhere, positions=batch.positions, first=3)
+    everywhere, columns = np.ones_like(batch.attention), np.arange(20, dtype=np.int32)
+    unmasked = TokenBatch(tokens=other_tokens, attention=everywhere, positions=columns * everywhere, first=3)
     leaked = model.logprobs(unmasked, temperature=1.0) - model.logprobs(batch, temperature=1.0)
     assert np.abs(leaked[_real_targets(batch)]).max() > 1e-3  # canary: with the mask ignored, padding shows
 

@@ -14,7 +14,9 @@ from diptych.algorithms.optimizers import ema_step, initial_state, optimizer_ste
 from diptych.engine import Loss, OptimizerState, TrainBatch
 from diptych.errors import UserError
 from diptych.families.family import read_model
+from diptych.layout import MeshShape
 from diptych_jax import optimizer, weights
+from diptych_jax.mesh import train_mesh
 
 
 def _relative(found, wanted):
@@ -33,7 +35,9 @@ def test_fifty_steps_equal_the_numpy_oracle(precision, name, tiny_config, hot_we
     with jax.enable_x64(precision == "float64"):
         parsed, dtype = read_model(config), np.dtype(precision)
         given = hot_weights(config, "lm")
-        state = optimizer.create(spec, weights.pack(parsed, "lm", given, dtype))
+        state = optimizer.create(
+            spec, weights.pack(parsed, "lm", given, dtype), train_mesh(MeshShape(), jax.devices()[:1])
+        )
         step = jax.jit(lambda state, gradients, rate: optimizer.apply(spec, state, gradients, rate))
         wanted, moments, ema = given, initial_state(given, spec=spec), given
         tolerance = {"float32": 1e-6, "float64": 1e-13}[precision]

@@ -1,4 +1,4 @@
-"""The command line: `diptych run | generate | eval | export | weights | recipe | compare | report`.
+"""The command line: `diptych run | plan | generate | eval | export | weights | recipe | compare | report`.
 
 Exit codes: 0 done; 2 something that the user can mend (one line says what, where and what to do); 3 a run-time
 invariant broke; 130 interrupted.
@@ -25,9 +25,25 @@ examples:
   diptych run recipes/quickstart.yaml --engine torch --stage reward --output out/mixed \\
       reward.model_path=out/jax/models/sft        (one engine goes on from the other's model)
   diptych run recipes/quickstart.yaml --engine jax --output out/jax --resume
+  srun diptych run recipes/quickstart.yaml --engine jax --output out/jax --distributed    (one process per node)
 
 A run directory holds recipe.yaml (resolved), environment.json, metrics.jsonl, tensorboard/, samples.jsonl,
 checkpoints/, models/{sft,reward,rl,...} in Hugging Face format, summary.json and report.html.
+"""
+
+_PLAN_EPILOG = """\
+examples:
+  diptych plan recipes/plans/llama-3-8b-v5e.yaml --topology v5e:16x16
+  diptych plan recipes/plans/llama-3-8b-v5p.yaml --topology v5p:2x2x4 --search --html plan.html
+  diptych plan recipes/quickstart.yaml --topology cpu:8 layout.train.tensor=2
+  diptych plan my.yaml --topology v6e:8x8 --efficiency 0.5 --price 1.9 --gpu h200 --gpus 32 --json plan.json
+
+Compiles the very programs that the JAX engine would run (train step, scoring, switch, decoding) for machines that need
+not be there, and prints: does it fit; each device's memory by part and phase; collectives; FLOPs; the roofline of each
+phase, the tokens per second and dollars that follow, and all that was assumed. Beside it the same recipe on DeepSpeed,
+by ZeRO's arithmetic. Of the models only config.json is read; no weights, data or tokenizer. TPU topologies need
+pip install 'diptych[plan]' (a compiler of about 1 GB), and no TPU. A large model takes minutes. Exit code 2: it does
+not fit, and the part that is too large is named.
 """
 
 
@@ -38,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, left_over = parser.parse_known_args(arguments)
     options.overrides = left_over
     unknown = [text for text in left_over if "=" not in text or text.startswith("-")]
-    if unknown or (left_over and options.command not in (_run, _recipe_show)):
+    if unknown or (left_over and options.command not in (_run, _recipe_show, _plan)):
         parser.error(f"unrecognized arguments: {' '.join(unknown or left_over)} (settings are written key=value)")
     try:
         return options.command(options)
@@ -66,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a recipe's stages on one engine",
-        usage="diptych run RECIPE --engine {jax,torch} [--stage STAGE] [--output DIR] [--resume] [key=value ...]",
+        usage="diptych run RECIPE --engine {jax,torch} [--stage STAGE] [--output DIR] [--resume] [--distributed] "
+        "[key=value ...]",
         epilog=_RUN_EPILOG,
         formatter_class=raw,
     )
@@ -75,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stage", choices=["sft", "reward", "rl"], action="append", help="only this stage (repeatable)")
     run.add_argument("--output", type=Path, help="run directory (default: out/RECIPE-ENGINE)")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
+    run.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes that were started with this same command, on one host or many; Slurm, "
+        "TPU slices and GKE are recognised, elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID",
+    )
     run.set_defaults(command=_run)
 
     generate = commands.add_parser(
@@ -95,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--precision", choices=["float32", "float64"], default="float32")
     generate.set_defaults(command=_generate)
 
+    _add_plan_command(commands)
     _add_model_commands(commands)
 
     recipe = commands.add_parser("recipe", help="look at recipes")
@@ -124,6 +148,29 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, help="a run directory")
     report.set_defaults(command=_report)
     return parser
+
+
+def _add_plan_command(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a recipe needs of a machine before it is rented: memory, time, money",
+        usage="diptych plan RECIPE --topology CHIP:GRID [--search] [--json FILE] [--html FILE] [...] [key=value ...]",
+        epilog=_PLAN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("recipe", type=Path, help="a YAML recipe")
+    plan.add_argument(
+        "--topology", required=True, help="v5e:16x16, v6e:8x8 (a grid of chips), v5p:2x2x4 (a cube), or cpu:8"
+    )
+    plan.add_argument("--search", action="store_true", help="look for the best meshes and micro-batch that fit")
+    plan.add_argument("--efficiency", type=float, default=1.0, help="share of every peak that is reached (default: 1)")
+    plan.add_argument("--price", type=float, help="dollars per chip and hour (default: list price)")
+    plan.add_argument("--gpu", default="h100", help="for DeepSpeed's side: a100, h100 (default) or h200")
+    plan.add_argument("--gpus", type=int, help="how many (default: as many as there are chips)")
+    plan.add_argument("--gpu-price", type=float, help="dollars per GPU and hour (default: a typical price)")
+    plan.add_argument("--json", type=Path, help="also write everything as JSON")
+    plan.add_argument("--html", type=Path, help="also write a self-contained page with the pictures")
+    plan.set_defaults(command=_plan)
 
 
 def _add_model_commands(commands: argparse._SubParsersAction) -> None:
@@ -213,14 +260,50 @@ def _weights_check(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from diptych.recipe.load import load_recipe
-    from diptych.stages.pipeline import run_recipe
+    from diptych.stages.pipeline import prepare, run_stages
 
     recipe = load_recipe(options.recipe, options.overrides)
     output = options.output or Path("out") / f"{recipe.name}-{options.engine}"
-    summary = run_recipe(recipe, engine_name=options.engine, output=output, stages=options.stage, resume=options.resume)
-    print(json.dumps(summary, indent=2))
-    print(f"diptych: run in {output}, report in {output / 'report.html'}", file=sys.stderr)
+    context = prepare(
+        recipe,
+        engine_name=options.engine,
+        output=output,
+        stages=options.stage,
+        resume=options.resume,
+        distributed=options.distributed,
+    )
+    summary = run_stages(context, options.stage)
+    if context.run.world.is_main:
+        print(json.dumps(summary, indent=2))
+        print(f"diptych: run in {output}, report in {output / 'report.html'}", file=sys.stderr)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from diptych.plan.plan import Options, make_plan
+    from diptych.plan.report import describe, write_page
+    from diptych.recipe.load import load_recipe
+
+    if not 0 < options.efficiency <= 1:
+        raise UserError(f"--efficiency {options.efficiency}: a share of the peak above 0 and up to 1")
+    if options.gpus is not None and options.gpus < 1:
+        raise UserError(f"--gpus {options.gpus}: at least 1")
+    recipe = load_recipe(options.recipe, options.overrides)
+    chosen = Options(
+        efficiency=options.efficiency,
+        price=options.price,
+        gpu=options.gpu,
+        gpus=options.gpus,
+        gpu_price=options.gpu_price,
+        search=options.search,
+    )
+    plan = make_plan(recipe, options.topology, chosen, report=lambda line: print(f"plan: {line}", file=sys.stderr))
+    print(describe(plan))
+    if options.json is not None:
+        options.json.write_text(json.dumps(plan.json(), indent=2) + "\n", encoding="utf-8")
+    if options.html is not None:
+        write_page(plan, options.html)
+    return 0 if plan.fits else 2
 
 
 def _recipe_show(options: argparse.Namespace) -> int:

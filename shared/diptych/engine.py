@@ -13,19 +13,25 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from diptych.errors import UserError
+from diptych.layout import Layout
+from diptych.world import World
+
+if TYPE_CHECKING:  # families import this file
+    from diptych.families.family import ModelConfig
 
 Array = Any  # whatever the array API standard calls an array: NumPy, JAX (traced too) or torch
 Tensors = dict[str, np.ndarray]  # Hugging Face tensor name -> value
 Metrics = dict[str, float]
-Precision = Literal["float32", "float64"]
+Precision = Literal["float32", "float64", "bfloat16"]
 Head = Literal["lm", "scalar"]
 Remat = Literal["full", "dots", "none"]
+Role = Literal["policy", "critic", "reference", "reward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +39,11 @@ class TokenBatch:
     """Rows of tokens as the data layer made them. Masks and positions are given, never guessed from token ids.
 
     tokens: int32 [batch, time]. attention: True on real tokens. positions: int32, the index of each real token within
-    its row, 0 on padding. first: the first column whose log-probability is wanted (static); engines return 0 before
+    its example, 0 on padding. first: the first column whose log-probability is wanted (static); engines return 0 before
     it and need not compute it.
+
+    A row may hold several examples, one after another (packing): each begins where a position is 0, and no token reads
+    another example's. A row may be padding alone; what comes out of it is finite.
     """
 
     tokens: Int[np.ndarray, "batch time"]
@@ -44,6 +53,12 @@ class TokenBatch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def segments(self) -> Int[np.ndarray, "batch time"]:
+        """int32: equal numbers, above 0, on the tokens of one example; 0 on padding."""
+        begins = self.attention & (self.positions == 0)
+        return np.where(self.attention, 1 + np.cumsum(begins, axis=1), 0).astype(np.int32)
 
     def take(self, rows: slice | np.ndarray) -> TokenBatch:
         """The same batch with only `rows`."""
@@ -57,7 +72,8 @@ class TrainBatch:
     """A token batch and the loss's own arrays.
 
     arrays: name -> [batch, time] or [batch], cut along with the rows into micro-batches. denominators: name -> float,
-    global over the whole optimizer step (law 4), the same for every micro-batch.
+    global over the whole optimizer step (law 4), the same for every micro-batch. A row whose arrays are all zero adds
+    nothing to loss, metrics or gradient: data layer and engines fill up batches with such rows.
     """
 
     tokens: TokenBatch
@@ -103,7 +119,8 @@ class PromptBatch:
 class Sampling:
     """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 switch truncation off.
 
-    stop_token_ids end a row; the stop token itself belongs to the response.
+    stop_token_ids end a row; the stop token itself belongs to the response. decode_rows: rows that are decoded at once,
+    None for all; the others wait. It changes no number.
     """
 
     temperature: float
@@ -111,6 +128,7 @@ class Sampling:
     top_p: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
+    decode_rows: int | None = None
 
     @property
     def scoring_temperature(self) -> float:
@@ -188,7 +206,8 @@ class ModelSpec:
     the scalar head `score.weight` [1, hidden] included where head="scalar" (checked by `diptych.weights`). optimizer:
     None for a frozen model. micro_batch_size: rows that go through the model at once, in updates and in scoring.
     logprob_chunk: tokens whose vocabulary-wide logits exist at once. adapter: then only the adapter and a scalar head
-    are trained, and adapter_weights holds A and B under PEFT's names (`diptych.families.adapter`).
+    are trained, and adapter_weights holds A and B under PEFT's names (`diptych.families.adapter`). role: what the model
+    is for; an engine may lay out each role its own way (`Layout`).
     """
 
     config: Mapping[str, Any]
@@ -196,6 +215,7 @@ class ModelSpec:
     head: Head
     optimizer: OptimizerSpec | None
     micro_batch_size: int
+    role: Role = "policy"
     logprob_chunk: int = 1024
     adapter: AdapterSpec | None = None
     adapter_weights: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
@@ -219,13 +239,18 @@ class EngineSettings:
 
     zero_stage: read by the torch engine only. device: "cpu" keeps the engine off every accelerator; "auto" takes the
     best that is there. remat: read by the JAX engine only: which activations the backward pass makes again: all
-    ("full"), all but the results of matrix products ("dots"), or none.
+    ("full"), all but the results of matrix products ("dots"), or none. layout: read by the JAX engine only: meshes, the
+    switch between them, and who waits in host memory. attention: which implementation the JAX engine runs.
+    distributed: this is one of several processes that were started together (`diptych run --distributed`).
     """
 
     precision: Precision
     zero_stage: int = 0
     device: Literal["auto", "cpu"] = "auto"
     remat: Remat = "full"
+    layout: Layout = field(default_factory=Layout)
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    distributed: bool = False
 
 
 @runtime_checkable
@@ -237,7 +262,8 @@ class Model(Protocol):
     def logprobs(
         self, batch: TokenBatch, *, temperature: float, adapter: bool = True
     ) -> Float[np.ndarray, "batch time"]:
-        """Log-probability of each token given those before it, of logits / temperature; 0 before `batch.first`.
+        """Log-probability of each token given those of its example before it, of logits / temperature; 0 before
+        `batch.first`, on padding and on an example's first token.
 
         adapter False: of the model below its adapter (the reference of a policy that trains one)."""
         ...
@@ -248,7 +274,7 @@ class Model(Protocol):
 
     def greedy_matches(self, batch: TokenBatch) -> Bool[np.ndarray, "batch time"]:
         """True where a token is the most likely one given those before it (the first of several with the largest
-        logit); False where `logprobs` is 0 by definition: before `batch.first`, on padding and on a row's first token.
+        logit); False where `logprobs` is 0 by definition.
         Language models only."""
         ...
 
@@ -269,6 +295,11 @@ class Model(Protocol):
         self, prompts: PromptBatch, sampling: Sampling, uniforms: Float[np.ndarray, "batch new"], *, pad_token_id: int
     ) -> Completions:
         """Sample completions by inverse CDF on the given uniforms (ignored when greedy)."""
+        ...
+
+    def rollout_metrics(self) -> Metrics:
+        """What the newest rollout cost beside decoding (`timing_s/switch`, ...), for the log; empty where there is
+        nothing to say."""
         ...
 
     def weights(self, names: Sequence[str] | None = None) -> Tensors:
@@ -296,8 +327,11 @@ class Model(Protocol):
 
     def load_optimizer_state(self, state: OptimizerState) -> None: ...
 
-    def save_checkpoint(self, directory: Path) -> None:
-        """Everything that training needs to go on bit for bit, in the engine's native format, into an empty folder."""
+    def save_checkpoint(self, directory: Path) -> Callable[[], None]:
+        """Everything that training needs to go on bit for bit, in the engine's native format, into an empty folder.
+
+        Training may go on at once. Call the result to wait until everything is on disk: only then is it a checkpoint.
+        """
         ...
 
     def load_checkpoint(self, directory: Path) -> None: ...
@@ -309,13 +343,26 @@ class Engine(Protocol):
 
     name: str
     settings: EngineSettings
+    world: World
+
+    def check_model(self, config: ModelConfig, role: Role) -> None:
+        """UserError where a model of this role cannot be laid out on the devices as the settings ask; allocates
+        nothing."""
+        ...
 
     def model(self, spec: ModelSpec) -> Model: ...
+
+    def compilations(self) -> int | None:
+        """Programs compiled in this process so far; None where the engine does not compile."""
+        ...
 
     def environment(self) -> dict[str, str]:
         """Versions, devices and precision switches, for the run's record."""
         ...
 
+
+MASTERS: Mapping[Precision, Precision] = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}
+"""The precision of what is trained, by the precision that is asked for."""
 
 ENGINES: Mapping[str, tuple[str, Sequence[str]]] = {
     "jax": ("diptych_jax.engine", ("jax", "flax", "optax", "orbax.checkpoint")),

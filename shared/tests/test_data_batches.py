@@ -104,7 +104,7 @@ def test_sft_batch_by_hand() -> None:
         [1, 1, 0, PAD, PAD, PAD, PAD, PAD],
         [1, 1, 0, PAD, PAD, PAD, PAD, PAD],
     ]
-    assert batch.tokens.attention.sum(1).tolist() == [4, 5, 3, 3]
+    assert batch.tokens.attention.sum(1).tolist() == [4, 5, 3, 0]
     assert batch.tokens.positions.tolist()[1] == [0, 1, 2, 3, 4, 0, 0, 0]
     mask = batch.arrays["mask"]
     assert mask.tolist() == [[0, 0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0], [0] * 8]
@@ -137,9 +137,10 @@ def test_pair_batch_by_hand() -> None:
         [1, 5, 6, 7, 0],
         [1, 4, PAD, PAD, PAD],
         [1, 4, 4, PAD, PAD],
-        [1, 4, PAD, PAD, PAD],
+        [1, 4, 4, PAD, PAD],
         [1, 4, 4, PAD, PAD],
     ]
+    assert batch.tokens.attention.sum(1).tolist() == [5, 4, 2, 5, 2, 3, 0, 0]
     ends, span = batch.arrays["end_mask"], batch.arrays["span_mask"]
     assert [np.flatnonzero(row).tolist() for row in ends] == [[4], [3], [1], [4], [1], [2], [], []]
     assert [np.flatnonzero(row).tolist() for row in span] == [[3, 4]] * 2 + [[1, 2, 3, 4]] * 2 + [[2]] * 2 + [[]] * 2
@@ -158,7 +159,66 @@ def test_filling_changes_no_sum() -> None:
     assert plain.denominators == filled.denominators
     values = np.arange(8.0)[:, None]
     assert (plain.arrays["mask"] * values[:5]).sum() == (filled.arrays["mask"] * values).sum()
-    assert filled.tokens.attention.any(axis=1).all()  # no row is all padding
+    assert filled.tokens.attention.sum() == plain.tokens.attention.sum() == sum(len(row.tokens) for row in rows)
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+def test_packed_batch_by_hand() -> None:
+    """Longest first, each into the first row with room; positions begin again; two filling rows are padding."""
+    rows = [example(0, [1], [2]), example(1, [3, 4, 5], [6, 7]), example(2, [8], [9, 10]), example(3, [11, 12], [13])]
+    batch = batches.sft_batch(rows, buckets=(8,), pad_token_id=PAD, multiple_of=4, packing=True)
+    assert batch.tokens.tokens[:2].tolist() == [[3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13, 1, 2, PAD, PAD, PAD]]
+    assert batch.tokens.positions[:2].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 0, 1, 0, 0, 0]]
+    assert batch.tokens.attention.sum(1).tolist() == [8, 5, 0, 0]
+    segments = batch.tokens.segments
+    assert segments[:2].tolist() == [[2] * 5 + [3] * 3, [2] * 3 + [3] * 2 + [0] * 3]
+    assert not segments[2:].any()
+    assert batch.arrays["mask"][:2].tolist() == [[0, 0, 0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 0, 0, 0]]
+    assert batch.denominators == {"num_tokens": 6.0}
+    assert batch.tokens.positions.dtype == segments.dtype == np.int32
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 16), min_size=1, max_size=20), st.integers(1, 5))
+def test_packing_keeps_every_token_and_never_takes_more_columns(lengths: list[int], multiple_of: int) -> None:
+    rows = [example(i, [i] * (length - 1), [100 + i]) for i, length in enumerate(lengths)]
+    options = {"buckets": BUCKETS, "pad_token_id": PAD, "multiple_of": multiple_of}
+    apart, packed = (batches.sft_batch(rows, **options, packing=packing) for packing in (False, True))  # pyright: ignore
+    assert packed.tokens.tokens.size <= apart.tokens.tokens.size
+    assert packed.tokens.tokens.shape[1] in BUCKETS
+    assert len(packed.tokens) % multiple_of == 0
+    assert packed.denominators == apart.denominators
+
+    def contents(batch) -> list:
+        tokens = batch.tokens
+        found = []
+        for row, segments in enumerate(tokens.segments):
+            for segment in set(segments.tolist()) - {0}:
+                where = segments == segment
+                assert tokens.positions[row, where].tolist() == list(range(where.sum()))
+                found.append((tokens.tokens[row, where].tolist(), batch.arrays["mask"][row, where].tolist()))
+        return sorted(found)
+
+    assert contents(packed) == contents(apart)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "multiple_of", "shape"),
+    [
+        ([5, 5, 5], 1, (1, 16)),
+        ([4, 4, 4, 4], 1, (4, 4)),
+        ([3] * 5, 1, (1, 16)),
+        ([3] * 5, 2, (6, 4)),
+        ([9], 2, (2, 16)),
+    ],
+)
+def test_packing_takes_the_bucket_of_the_fewest_columns(lengths: list[int], multiple_of: int, shape: tuple) -> None:
+    """Filling rows count; the shortest of several that take as many."""
+    rows = [example(i, [1] * (length - 1), [2]) for i, length in enumerate(lengths)]
+    batch = batches.sft_batch(rows, buckets=BUCKETS, pad_token_id=PAD, multiple_of=multiple_of, packing=True)
+    assert batch.tokens.tokens.shape == shape
 
 
 # --- rollouts --------------------------------------------------------------------------------------------------------

@@ -159,6 +159,11 @@ BROKEN = {
     "falling buckets": ({"data__buckets": (512, 64)}, "data.buckets", "must rise"),
     "equal buckets": ({"data__buckets": (512, 512)}, "data.buckets", "must rise"),
     "small buckets": ({"data__buckets": (64, 511)}, "data.buckets", "512 tokens"),
+    "packing without sft": (
+        {"data__packing": True, "stages": ("reward", "rl"), "reward__model_path": "m", "rl__policy_path": "m"},
+        "data.packing",
+        "without the sft stage",
+    ),
     "empty stop": ({"rollout__stop": ("",)}, "rollout.stop", "empty text"),
     "sft batch": ({"sft__micro_batch_size": 5}, "sft.batch_size", "multiple of sft.micro_batch_size = 5"),
     "reward batch": ({"reward__micro_batch_size": 5}, "reward.batch_size", "reward.micro_batch_size = 5"),

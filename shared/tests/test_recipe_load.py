@@ -88,7 +88,7 @@ FILE_ERRORS = {
     ),
     "choice": (
         "precision: float23",
-        "r.yaml:13: 'precision': expected one of float32, float64, got 'float23'; did you mean",
+        "r.yaml:13: 'precision': expected one of float32, float64, bfloat16, got 'float23'; did you mean",
     ),
     "choice of ints": (
         "layout: {zero: {stage: 4}}",

@@ -8,7 +8,7 @@ import pytest
 
 from diptych.errors import InvariantError, UserError
 from diptych.recipe.load import parse_recipe
-from diptych.recipe.schema import Recipe, SFTRecipe
+from diptych.recipe.schema import LayoutRecipe, Recipe, SFTRecipe, TrainMeshRecipe, ZeroRecipe
 from diptych.run import directory
 from diptych.run.directory import RunDirectory, read_samples, write_json, write_text
 
@@ -92,6 +92,21 @@ def test_another_run_is_refused_by_its_first_difference(tmp_path, case, resume):
         create(tmp_path / "out", recipe, engine=engine, resume=resume)
     assert message in str(caught.value)
     assert {name: (run.path / name).read_bytes() for name in names(run.path)} == before
+
+
+def test_a_run_goes_on_with_another_layout_which_is_noted(tmp_path):
+    create(tmp_path / "out")
+    moved = dataclasses.replace(RECIPE, layout=LayoutRecipe(train=TrainMeshRecipe(fsdp=4, tensor=2)))
+    run = create(tmp_path / "out", moved, resume=True)
+    later = json.loads((run.path / "environment.json").read_text())["later_starts"][-1]
+    assert {key: value for key, value in later.items() if key.startswith("layout.")} == {
+        "layout.train.fsdp": 4,
+        "layout.train.tensor": 2,
+    }
+    with pytest.raises(UserError, match=r"its 'layout.zero.stage' is 0, this recipe's is 2"):
+        create(
+            tmp_path / "out", dataclasses.replace(RECIPE, layout=LayoutRecipe(zero=ZeroRecipe(stage=2))), resume=True
+        )
 
 
 def test_damaged_records_are_named(tmp_path):

@@ -23,6 +23,7 @@ from diptych.stages import pipeline
 from diptych.stages.reading import Reading, TextReading, own_reading
 from diptych.stages.rl import PPO, build_models
 from diptych.weights.huggingface import initial_checkpoint, read_checkpoint, with_scalar_head, write_checkpoint
+from diptych.world import SINGLE
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
@@ -86,6 +87,9 @@ class NumpyModel(Model):
                     break
         return Completions(tokens=tokens, mask=mask, logprobs=logprobs, margins=np.ones_like(logprobs), finish=finish)
 
+    def rollout_metrics(self):
+        return {}
+
     def weights(self):
         return dict(self.spec.weights)
 
@@ -94,6 +98,7 @@ class NumpyModel(Model):
 
     def save_checkpoint(self, directory):
         (directory / "shift.json").write_text(json.dumps(self.shift))
+        return lambda: None
 
     def load_checkpoint(self, directory):
         self.shift = json.loads((directory / "shift.json").read_text())
@@ -101,9 +106,16 @@ class NumpyModel(Model):
 
 class NumpyEngine:
     name = "numpy"
+    world = SINGLE
 
     def __init__(self, settings):
         self.settings = settings
+
+    def check_model(self, config, role):
+        pass
+
+    def compilations(self):
+        return None
 
     def model(self, spec) -> Model:
         return NumpyModel(spec)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -21,16 +21,17 @@ from diptych.families.decoder import alibi_slopes
 NAME = "diptych"
 
 
-def causal_mask(attention: Bool[Tensor, "B S"], queries: int, window: int | None) -> Bool[Tensor, "B 1 Q S"]:
-    """mask[b, 0, q, k]: may query q (column S - Q + q) read key k? Real keys of the last `window` columns up to itself.
+def causal_mask(segments: Shaped[Tensor, "B S"], queries: int, window: int | None) -> Bool[Tensor, "B 1 Q S"]:
+    """mask[b, 0, q, k]: may query q (column S - Q + q) read key k? Keys of its own segment in the last `window` columns
+    up to itself.
 
-    A padding token reads itself and nothing else, so that no row of the mask is empty: attention stays finite, forward
-    and backward, in every kernel. No real token reads padding.
+    segments: equal numbers on the columns of one example, 0 on padding; booleans where a row is one example. Padding
+    reads padding, so that no row of the mask is empty: attention stays finite, forward and backward, in every kernel.
     """
-    columns = torch.arange(attention.shape[1], device=attention.device)
+    columns = torch.arange(segments.shape[1], device=segments.device)
     distance = columns[-queries:, None] - columns
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return ((attention[:, None, :] & seen) | (distance == 0))[:, None]
+    return (seen & (segments[:, -queries:, None] == segments[:, None, :]))[:, None]
 
 
 def attend(

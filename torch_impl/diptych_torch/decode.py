@@ -8,6 +8,8 @@ Dimensions: B rows, P prompt columns, N new columns, K key-value heads, H head s
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -75,11 +77,39 @@ def generate(
     device: torch.device,
     prefill: int | None = None,
 ) -> Completions:
-    """Sample completions (`diptych.engine.Model.generate`). The network is read, never written.
+    """Sample completions (`diptych.engine.Model.generate`), `sampling.decode_rows` rows at a time: the next ones start
+    when all rows of a group have ended. The network is read, never written.
 
     prefill: prompt columns that go through the network at once; None: all. It changes nothing but memory.
     """
     _check(prompts, sampling, uniforms, network.config)
+    size = sampling.decode_rows or len(prompts)
+    groups = []
+    for start in range(0, len(prompts), size):
+        rows = slice(start, start + size)
+        group = PromptBatch(
+            tokens=prompts.tokens[rows], attention=prompts.attention[rows], positions=prompts.positions[rows]
+        )
+        groups.append(
+            _generate(
+                network, group, sampling, uniforms[rows], pad_token_id=pad_token_id, device=device, prefill=prefill
+            )
+        )
+    names = [field.name for field in dataclasses.fields(Completions)]
+    return Completions(**{name: np.concatenate([getattr(group, name) for group in groups]) for name in names})
+
+
+def _generate(
+    network: Network,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    uniforms: Float[np.ndarray, "batch new"],
+    *,
+    pad_token_id: int,
+    device: torch.device,
+    prefill: int | None,
+) -> Completions:
+    """One group of rows, to their ends."""
     rows, width = prompts.tokens.shape
     new = sampling.max_new_tokens
     columns = width + new
@@ -130,6 +160,8 @@ def _check(prompts: PromptBatch, sampling: Sampling, uniforms: np.ndarray, confi
         raise ValueError("prompts must be left-padded and hold at least one token each")
     if sampling.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
+    if sampling.decode_rows is not None and sampling.decode_rows < 1:
+        raise ValueError(f"decode_rows must be at least 1, got {sampling.decode_rows}")
     if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise ValueError(f"not a way to sample: {sampling}")
     if uniforms.shape != (rows, sampling.max_new_tokens):

@@ -28,14 +28,16 @@ from diptych.engine import (
     OptimizerSpec,
     OptimizerState,
     PromptBatch,
+    Role,
     Sampling,
     Tensors,
     TokenBatch,
     TrainBatch,
 )
 from diptych.errors import UserError
-from diptych.families.family import tensor_shapes
+from diptych.families.family import ModelConfig, tensor_shapes
 from diptych.weights.huggingface import check_tensors
+from diptych.world import SINGLE
 from diptych_torch import adapter as adapters
 from diptych_torch import checkpoint, decode, optimizer, zero
 from diptych_torch import names as naming
@@ -54,6 +56,8 @@ def create(settings: EngineSettings) -> TorchEngine:
         raise UserError(f"layout.zero.stage must be 0, 1, 2 or 3, got {settings.zero_stage!r}")
     if settings.precision == "float64" and settings.zero_stage > 0:
         raise UserError("precision float64 needs layout.zero.stage 0: DeepSpeed's stages 1 to 3 keep float32 masters")
+    if settings.distributed:
+        raise UserError("--distributed: the torch engine trains in one process; leave it away, or use --engine jax")
     # Full float32 products on every device (law 6), and the same bits in every run.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -73,6 +77,7 @@ class TorchEngine:
     """`diptych.engine.Engine` on one process."""
 
     name = "torch"
+    world = SINGLE
 
     def __init__(self, settings: EngineSettings, device: torch.device):
         self.settings = settings
@@ -81,6 +86,14 @@ class TorchEngine:
     def model(self, spec: ModelSpec) -> TorchModel:
         """Build a model. Raises UserError for weights or a config that do not fit."""
         return TorchModel(spec, self.settings, self.device)
+
+    def check_model(self, config: ModelConfig, role: Role) -> None:
+        """ZeRO partitions any model."""
+        del config, role
+
+    def compilations(self) -> int | None:
+        """PyTorch runs its operations one by one."""
+        return None
 
     def environment(self) -> dict[str, str]:
         """Versions, devices and precision switches, for the run's record."""
@@ -171,6 +184,10 @@ class TorchModel:
         self._require_head("lm")
         with self._view(requires_grad=False) as network:
             return decode.generate(network, prompts, sampling, uniforms, pad_token_id=pad_token_id, device=self._device)
+
+    def rollout_metrics(self) -> Metrics:
+        """Nothing: the rollout reads the training weights themselves."""
+        return {}
 
     @torch.no_grad()
     def _read(self, batch: TokenBatch, **settings: Any) -> np.ndarray:
@@ -378,9 +395,10 @@ class TorchModel:
         """Copies of arrays of the trained parameters, under the names that they have outside."""
         return naming.to_checkpoint(self._network.trained_held, read, list(self._network.trained_shapes))
 
-    def save_checkpoint(self, directory: Path) -> None:
-        """Everything that training needs to go on bit for bit, into an empty folder."""
+    def save_checkpoint(self, directory: Path) -> Callable[[], None]:
+        """Everything that training needs to go on bit for bit, into an empty folder; on disk when this returns."""
         checkpoint.save(directory, self._deepspeed, self._description(), step=self._step, ema=self._ema)
+        return lambda: None
 
     def load_checkpoint(self, directory: Path) -> None:
         """Go on from a checkpoint. Raises UserError when it is not this model's."""

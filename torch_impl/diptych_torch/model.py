@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from diptych.engine import AdapterSpec, Head, ModelSpec, TokenBatch
@@ -45,6 +45,7 @@ class DeviceBatch:
     tokens: Int[Tensor, "B T"]
     positions: Int[Tensor, "B T"]
     attention: Bool[Tensor, "B T"]
+    segments: Int[Tensor, "B T"]
     sources: Int[Tensor, " N"]
 
 
@@ -134,21 +135,21 @@ class Network(nn.Module):
         self,
         tokens: Int[Tensor, "B T"],
         positions: Int[Tensor, "B T"],
-        attention: Bool[Tensor, "B S"],
+        segments: Shaped[Tensor, "B S"],
         cache: Any = None,
     ) -> Float[Tensor, "B T D"]:
         """The hidden states that a head reads (after the last norm, and OPT's projection).
 
-        attention: which columns are real, the cache's and after them the T new ones. cache: `decode.new_cache`'s; it
-        takes the new columns in.
+        segments: of all columns, the cache's and after them the T new ones: `TokenBatch.segments`, or True on real
+        tokens where a row is one example. cache: `decode.new_cache`'s; it takes the new columns in.
         """
         inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": cache is not None}
         if not isinstance(self.config, DecoderConfig):
-            inputs["attention_mask"] = attention[:, -tokens.shape[1] :]
+            inputs |= {"attention_mask": segments[:, -tokens.shape[1] :], "position_ids": positions}
             return self.trunk(**inputs).last_hidden_state
         keys = positions if cache is None else cache.extend(positions)
         masks = {
-            window: causal_mask(attention, tokens.shape[1], window) for window in dict.fromkeys(self.config.windows)
+            window: causal_mask(segments, tokens.shape[1], window) for window in dict.fromkeys(self.config.windows)
         }
         if self.config.alibi:
             inputs["attention_mask"] = additive(masks[None], self.dtype)
@@ -196,13 +197,13 @@ class Network(nn.Module):
         """`lm`: log-probabilities of the tokens and, if asked, entropies; greedy: instead of them, is each token the
         likeliest one (the first largest logit)? `scalar`: scores and None.
 
-        A log-probability is 0 before `TokenBatch.first`, on padding, and on a row's first token (nothing precedes it).
+        A log-probability is 0 before `TokenBatch.first`, on padding, and on an example's first token.
         routing: the third is what the routers did with the real tokens (`RoutingRecord.finish`); only_routing: nothing
         else is computed.
         """
         if routing:
             self._routing.start()
-        hidden = self.hidden_states(batch.tokens, batch.positions, batch.attention)
+        hidden = self.hidden_states(batch.tokens, batch.positions, batch.segments)
         routed = self._routing.finish(batch.attention.flatten()) if routing else None
         if only_routing:
             return None, None, routed
@@ -270,12 +271,14 @@ def device_batch(batch: TokenBatch, config: ModelConfig, device: torch.device) -
     check_token_ids(batch.tokens, config.vocab_size)
     check_positions(config, batch.positions)
     columns = np.arange(length)
-    wanted = batch.attention[:, 1:] & batch.attention[:, :-1] & (columns[1:] >= batch.first)
+    follows = batch.attention[:, 1:] & batch.attention[:, :-1] & (batch.positions[:, 1:] != 0)
+    wanted = follows & (columns[1:] >= batch.first)
     row, column = np.nonzero(wanted)
     return DeviceBatch(
         tokens=torch.tensor(batch.tokens, dtype=torch.int64, device=device),
         positions=torch.tensor(batch.positions, dtype=torch.int64, device=device),
         attention=torch.tensor(batch.attention, device=device),
+        segments=torch.tensor(batch.segments, device=device),
         sources=torch.tensor(row * length + column, dtype=torch.int64, device=device),
     )
 

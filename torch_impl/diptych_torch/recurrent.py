@@ -78,13 +78,18 @@ class RNNLayer(nn.Module):
         self.nonlinearity = {"tanh": torch.tanh, "relu": torch.relu}[config.nonlinearity]
 
     def forward(
-        self, x: Float[Tensor, "B T D"], attention: Bool[Tensor, "B T"], state: Float[Tensor, "B D"]
+        self,
+        x: Float[Tensor, "B T D"],
+        attention: Bool[Tensor, "B T"],
+        goes_on: Bool[Tensor, "B T"],
+        state: Float[Tensor, "B D"],
     ) -> Float[Tensor, "B T D"]:
-        """The states after each column. Padding puts nothing in: on the left it leaves the state at zero, f(0) = 0."""
+        """The states after each column. Padding puts nothing in: on the left it leaves the state at zero, f(0) = 0.
+        Where a text does not go on but begins, the state begins at zero."""
         drive = (self.input(x) + self.recurrent.bias) * attention[..., None]
         states = []
-        for column in drive.unbind(dim=1):
-            state = self.nonlinearity(column + self.recurrent(state))
+        for column, kept in zip(drive.unbind(dim=1), goes_on[..., None].unbind(dim=1), strict=True):
+            state = self.nonlinearity(column + self.recurrent(state * kept))
             states.append(state)
         return torch.stack(states, dim=1)
 
@@ -129,7 +134,8 @@ class RNNModel(RNNPreTrainedModel):
         **options: Any,
     ) -> BaseModelOutputWithPast:
         """The states of the last layer. attention_mask: [B, T], or [B, S] of all columns so far; nothing is padding
-        without it. past_key_values: the state to go on from; it is changed in place. Positions say nothing here."""
+        without it. past_key_values: the state to go on from; it is changed in place. position_ids: [B, T]; only 0 says
+        something: a text begins here, and the state with it."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -140,9 +146,10 @@ class RNNModel(RNNPreTrainedModel):
             attention = attention_mask[:, -length:].bool()
         else:
             raise ValueError(f"attention_mask must be [batch, time], got {list(attention_mask.shape)}")
+        goes_on = torch.ones_like(attention) if position_ids is None else position_ids != 0
         memory = past_key_values or RNNState([x.new_zeros(batch, width) for _ in self.layers])
         for index, layer in enumerate(self.layers):
-            x = layer(x, attention, memory.layers[index])
+            x = layer(x, attention, goes_on, memory.layers[index])
             memory.layers[index] = x[:, -1]
         memory.start += length
         kept = past_key_values is not None or use_cache

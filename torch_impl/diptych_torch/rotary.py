@@ -44,11 +44,19 @@ class Rotary(nn.Module):
         # Upcast: angles in at least float32 (a bfloat16 position is off by 8 at 2000).
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = table[0]
-        if rope.by_length:  # a sequence's length is its last position + 1, whatever its neighbours' are
-            rows = table[rope.rows(position_ids.amax(dim=1) + 1).long()][:, None]
+        if rope.by_length:
+            rows = table[rope.rows(lengths(position_ids)).long()]
         angles = position_ids[..., None].to(wide) * rows.to(wide)
         both = torch.cat((angles, angles), dim=-1)
         return (both.cos() * rope.attention_factor).to(x.dtype), (both.sin() * rope.attention_factor).to(x.dtype)
+
+
+def lengths(positions: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """One more than the last position of the sequence that each column belongs to, whatever its neighbours' are; a row
+    may hold several, each from a position 0 on."""
+    sequence = (positions == 0).cumsum(dim=1)
+    last = positions.new_zeros(len(positions), positions.shape[1] + 1)
+    return last.scatter_reduce(1, sequence, positions, "amax").gather(1, sequence) + 1
 
 
 def check_frequencies(rotary: Any, ropes: Sequence[Rope], rope_of_type: Mapping[str, int]) -> None:

@@ -187,6 +187,22 @@ def test_a_row_draws_the_same_in_any_batch(make_model):
         np.testing.assert_array_equal(completions.tokens[0], together.tokens[row])
 
 
+def test_rows_that_wait_draw_the_same(make_model, monkeypatch):
+    """Groups of decode_rows rows, the last one smaller."""
+    ours, given, drawn = make_model(precision="float64"), prompts(), noise(5, 12)
+    together = ours.generate(given, how(stop_token_ids=(3, 7, 20)), drawn, pad_token_id=PAD)
+    sizes, new_cache = [], decode.new_cache
+    monkeypatch.setattr(decode, "new_cache", lambda *inputs, rows, **how: sizes.append(rows) or new_cache(
+        *inputs, rows=rows, **how))  # fmt: skip
+    groups = ours.generate(given, how(stop_token_ids=(3, 7, 20), decode_rows=2), drawn, pad_token_id=PAD)
+    assert sizes == [2, 2, 1]
+    for name in ("tokens", "mask", "finish"):
+        np.testing.assert_array_equal(getattr(groups, name), getattr(together, name))
+    np.testing.assert_allclose(groups.logprobs, together.logprobs, rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match="decode_rows must be at least 1"):
+        ours.generate(given, how(decode_rows=0), drawn, pad_token_id=PAD)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_sampling_leaves_training_alone(make_model, hot_weights, make_config, stage, monkeypatch):
     """Two updates with rollouts between are two updates without, bit for bit; weights are read, never written."""

@@ -241,7 +241,7 @@ def _last_expert_lost(network: Any, patch: Any) -> None:
 def _padding_read(network: Any, patch: Any) -> None:
     for layer in network.trunk.layers:
         forward = layer.forward
-        patch.setattr(layer, "forward", lambda x, a, s, f=forward: f(x, torch.ones_like(a), s))
+        patch.setattr(layer, "forward", lambda x, a, g, s, f=forward: f(x, torch.ones_like(a), torch.ones_like(g), s))
 
 
 def _logit_softcap(network: Any, patch: Any) -> None:

@@ -189,10 +189,10 @@ def test_canary_seeded_bugs_are_seen(make_model, make_config, hot_weights, make_
     expected = numpy_logprobs(config, weights, batch, 0.7)
     seen = batch
     if bug == "future leaks":
-        monkeypatch.setattr(model, "causal_mask", lambda a, q, w: a[:, None, None, :].expand(-1, 1, q, -1))
+        monkeypatch.setattr(model, "causal_mask", lambda s, q, w: (s > 0)[:, None, None, :].expand(-1, 1, q, -1))
     elif bug == "padding leaks":
         monkeypatch.setattr(
-            model, "causal_mask", lambda a, q, w: torch.ones_like(a[:, None, :, None] & a[:, None, None]).tril()
+            model, "causal_mask", lambda s, q, w: torch.ones_like(s).bool()[:, None, :, None].repeat(1, 1, 1, q).tril()
         )
     elif bug == "eps":
         config = make_config(rms_norm_eps=1e-6)

@@ -46,23 +46,61 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
 
 
 def sft_batch(
-    examples: Sequence[TokenExample], *, buckets: Sequence[int], pad_token_id: int, multiple_of: int
+    examples: Sequence[TokenExample],
+    *,
+    buckets: Sequence[int],
+    pad_token_id: int,
+    multiple_of: int,
+    packing: bool = False,
 ) -> TrainBatch:
     """Demonstrations of one optimizer step. arrays: mask [batch, time], 1 on trained tokens. denominators: num_tokens,
     their number.
 
-    Rows are filled up to a multiple of `multiple_of` with copies of the last one whose masks are zero.
+    packing: several to a row (`packed`). Rows are filled up to a multiple of `multiple_of` with padding.
     """
-    tokens = right_padded([example.tokens for example in examples], buckets, pad_token_id)
+    rows = packed(examples, buckets, multiple_of) if packing else [[example] for example in examples]
+    joined = [np.concatenate([example.tokens for example in row]) for row in rows]
+    tokens = right_padded(joined, buckets, pad_token_id)
     mask = np.zeros(tokens.tokens.shape, np.float32)
-    for index, example in enumerate(examples):
-        mask[index, : len(example.trained)] = example.trained
-    rows = _filled(len(examples), multiple_of)
+    for index, row in enumerate(rows):
+        trained = np.concatenate([example.trained for example in row])
+        mask[index, : len(trained)] = trained
+        positions = np.concatenate([np.arange(len(example.tokens)) for example in row])
+        tokens.positions[index, : len(positions)] = positions
+    count = _filled(len(rows), multiple_of)
     return TrainBatch(
-        tokens=tokens.take(rows),
-        arrays={"mask": _blank(mask[rows], len(examples))},
+        tokens=_with_padding(tokens, count),
+        arrays={"mask": _with_zeros(mask, count)},
         denominators={"num_tokens": float(mask.sum(dtype=np.float64))},
     )
+
+
+def packed(examples: Sequence[TokenExample], buckets: Sequence[int], multiple_of: int) -> list[list[TokenExample]]:
+    """Examples put together into rows of one bucket, the longest first, each into the first row that has room.
+
+    Of the buckets that hold the longest example it is the one in which the step takes the fewest columns, filling rows
+    included (the shortest of several): never more than with one example to a row. The number of rows differs from step
+    to step, in steps of `multiple_of`: for each bucket an engine compiles at most as many shapes as there are
+    micro-batches in a step without packing.
+    """
+    longest_first = sorted(examples, key=lambda example: -len(example.tokens))
+    shortest = bucket(len(longest_first[0].tokens), buckets)
+    choices = [(width, _first_fit(longest_first, width)) for width in sorted(buckets) if width >= shortest]
+    return min(choices, key=lambda choice: _filled(len(choice[1]), multiple_of) * choice[0])[1]
+
+
+def _first_fit(examples: Sequence[TokenExample], width: int) -> list[list[TokenExample]]:
+    rows: list[list[TokenExample]] = []
+    room: list[int] = []
+    for example in examples:
+        length = len(example.tokens)
+        index = next((index for index, left in enumerate(room) if left >= length), len(rows))
+        if index == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[index].append(example)
+        room[index] -= length
+    return rows
 
 
 def pair_batch(
@@ -74,7 +112,7 @@ def pair_batch(
     both rows of a pair, where d is the first column in which they differ and e the greater of their lengths
     (DeepSpeed-Chat's `RewardModel.forward`, without its count of leading padding). denominators: num_pairs.
 
-    Pairs are filled up to a multiple of `multiple_of` pairs with copies of the last one whose masks are zero.
+    Pairs are filled up to a multiple of `multiple_of` pairs with padding.
     """
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     tokens = right_padded([example.tokens for example in examples], buckets, pad_token_id)
@@ -86,10 +124,10 @@ def pair_batch(
         arrays["span_mask"] = np.zeros(tokens.tokens.shape, np.float32)
         for index, pair in enumerate(pairs):
             arrays["span_mask"][2 * index : 2 * index + 2, slice(*diverging_columns(pair))] = 1
-    rows = np.stack([2 * _filled(len(pairs), multiple_of), 2 * _filled(len(pairs), multiple_of) + 1], axis=1).ravel()
+    count = 2 * _filled(len(pairs), multiple_of)
     return TrainBatch(
-        tokens=tokens.take(rows),
-        arrays={name: _blank(array[rows], len(examples)) for name, array in arrays.items()},
+        tokens=_with_padding(tokens, count),
+        arrays={name: _with_zeros(array, count) for name, array in arrays.items()},
         denominators={"num_pairs": float(len(pairs))},
     )
 
@@ -142,15 +180,21 @@ def _positions(attention: Bool[np.ndarray, "batch time"]) -> Int[np.ndarray, "ba
     return np.where(attention, np.cumsum(attention, axis=1) - 1, 0).astype(np.int32)
 
 
-def _filled(num_rows: int, multiple_of: int) -> Int[np.ndarray, " filled"]:
-    """range(num_rows), its last entry repeated up to a multiple of `multiple_of`."""
+def _filled(num_rows: int, multiple_of: int) -> int:
+    """The next multiple of `multiple_of`."""
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
-    filled = -(-num_rows // multiple_of) * multiple_of
-    return np.minimum(np.arange(filled), num_rows - 1)
+    return -(-num_rows // multiple_of) * multiple_of
 
 
-def _blank(array: Float[np.ndarray, "batch time"], num_rows: int) -> Float[np.ndarray, "batch time"]:
-    """`array` with zeros in the rows that only fill the batch."""
-    array[num_rows:] = 0
-    return array
+def _with_padding(tokens: TokenBatch, num_rows: int) -> TokenBatch:
+    """Rows of padding appended (the ids there are those of the last row, and as meaningless as any)."""
+    filled = tokens.take(np.minimum(np.arange(num_rows), len(tokens) - 1))
+    filled.attention[len(tokens) :] = False
+    filled.positions[len(tokens) :] = 0
+    return filled
+
+
+def _with_zeros(array: Float[np.ndarray, "batch time"], num_rows: int) -> Float[np.ndarray, "filled time"]:
+    """Rows of zeros appended."""
+    return np.pad(array, ((0, num_rows - len(array)), (0, 0)))

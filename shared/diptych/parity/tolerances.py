@@ -13,14 +13,19 @@ from diptych.engine import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """limit by precision, and why it is what it is."""
+    """limit by precision, and why it is what it is. bfloat16 is for run-time invariants only: it cannot tell a right
+    computation from a slightly wrong one."""
 
     float64: float
     float32: float
+    bfloat16: float | None = None
     reason: str
 
     def at(self, precision: Precision) -> float:
-        return self.float64 if precision == "float64" else self.float32
+        limit = {"float64": self.float64, "float32": self.float32, "bfloat16": self.bfloat16}[precision]
+        if limit is None:
+            raise ValueError(f"no tolerance in {precision} ({self.reason}): compare in float32 or float64")
+        return limit
 
 
 TOLERANCES: Mapping[str, Tolerance] = {
@@ -58,14 +63,21 @@ TOLERANCES: Mapping[str, Tolerance] = {
         float64=1e-12, float32=2e-5, reason="decode with a cache against the training forward, same weights and engine"
     ),
     # Run-time invariants: wider than the tests, because they hold for models of any size. What they catch (wrong
-    # positions, masks, stale weights, active dropout) is orders of magnitude larger.
+    # positions, masks, stale weights, active dropout) is orders of magnitude larger. In bfloat16 the quickstart's
+    # sampler and trainer differ by up to 0.03 nats.
     "first_ratio": Tolerance(
-        float64=1e-9, float32=1e-3, reason="ratio of the first update to the log-probabilities just scored, minus 1"
+        float64=1e-9,
+        float32=1e-3,
+        bfloat16=0.3,
+        reason="ratio of the first update to the log-probabilities just scored, minus 1",
     ),
     "reference_kl": Tolerance(
-        float64=1e-9, float32=1e-3, reason="log-ratio to the reference while the weights are still equal"
+        float64=1e-9, float32=1e-3, bfloat16=0.3, reason="log-ratio to the reference while the weights are still equal"
     ),
     "sampler_gap": Tolerance(
-        float64=1e-9, float32=1e-3, reason="sampler's log-probability against the training forward's, same weights"
+        float64=1e-9,
+        float32=1e-3,
+        bfloat16=0.3,
+        reason="sampler's log-probability against the training forward's, same weights",
     ),
 }

@@ -15,6 +15,7 @@ from diptych.recipe.schema import (
     AdapterRecipe,
     CheckpointRecipe,
     DataRecipe,
+    DecodeMeshRecipe,
     ModelRecipe,
     NewModel,
     OptimizerRecipe,
@@ -25,6 +26,8 @@ from diptych.recipe.schema import (
     SFTRecipe,
     Source,
     Stage,
+    SwitchRecipe,
+    TrainMeshRecipe,
 )
 
 Range = Mapping[str, float]
@@ -32,6 +35,7 @@ Range = Mapping[str, float]
 POSITIVE: Range = {"exclusiveMinimum": 0}
 NOT_NEGATIVE: Range = {"minimum": 0}
 AT_LEAST_ONE: Range = {"minimum": 1}
+OR_WHAT_IS_LEFT: Range = {"minimum": -1}
 UNIT: Range = {"minimum": 0, "maximum": 1}
 UP_TO_ONE: Range = {"exclusiveMinimum": 0, "maximum": 1}
 BELOW_ONE: Range = {"minimum": 0, "exclusiveMaximum": 1}
@@ -112,7 +116,11 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "top_k": NOT_NEGATIVE,
         "top_p": UP_TO_ONE,
         "max_new_tokens": AT_LEAST_ONE,
+        "decode_rows": AT_LEAST_ONE,
     },
+    TrainMeshRecipe: {"data": OR_WHAT_IS_LEFT, "fsdp": OR_WHAT_IS_LEFT, "tensor": OR_WHAT_IS_LEFT},
+    DecodeMeshRecipe: {"data": OR_WHAT_IS_LEFT, "tensor": OR_WHAT_IS_LEFT},
+    SwitchRecipe: {"chunk_mb": AT_LEAST_ONE},
     CheckpointRecipe: {"every": NOT_NEGATIVE, "keep": AT_LEAST_ONE},
     Recipe: {"seed": NOT_NEGATIVE, "logprob_chunk": AT_LEAST_ONE},
 }
@@ -138,7 +146,15 @@ def problems(recipe: Recipe) -> Iterator[tuple[Sequence[str], str]]:
     out_of_range = list(_out_of_range(recipe))
     yield from out_of_range
     if not out_of_range:
-        for rules in (_stage_rules, _model_rules, _data_rules, _batch_rules, _optimizer_rules, _rl_rules):
+        for rules in (
+            _stage_rules,
+            _model_rules,
+            _data_rules,
+            _batch_rules,
+            _optimizer_rules,
+            _rl_rules,
+            _layout_rules,
+        ):
             for broken, keys, message in rules(recipe):
                 if broken:
                     yield keys, message
@@ -287,6 +303,11 @@ def _data_rules(r: Recipe) -> Iterator[Rule]:
         ("data.buckets", "data.max_prompt_tokens", *_RESPONSE_KEYS),
         f"the largest is shorter than the longest row, {longest} tokens ({_row_sum(r)}); add a larger one",
     )
+    yield (
+        data.packing and "sft" not in r.stages,
+        ("data.packing", "stages"),
+        "has no effect without the sft stage, which alone packs rows; take it away",
+    )
     yield any(not text for text in r.rollout.stop), ("rollout.stop",), "holds an empty text"
 
 
@@ -370,6 +391,33 @@ def _rl_rules(r: Recipe) -> Iterator[Rule]:
         ("rollout.temperature",),
         ("0 is greedy, and greedy answers have no policy gradient; the rl stage needs a temperature above 0"),
     )
+
+
+def _layout_rules(r: Recipe) -> Iterator[Rule]:
+    layout, has_rl = r.layout, "rl" in r.stages
+    for name in ("train", "decode", "critic", "reference", "reward"):
+        mesh, key = getattr(layout, name), f"layout.{name}"
+        if mesh is None:
+            continue
+        sizes = {field.name: getattr(mesh, field.name) for field in dataclasses.fields(mesh)}
+        free = [axis for axis, size in sizes.items() if size == -1]
+        for axis in (axis for axis, size in sizes.items() if size == 0):
+            yield True, (f"{key}.{axis}",), "is 0 devices; give at least 1, or -1 for whatever is left"
+        keys = tuple(f"{key}.{axis}" for axis in free) or (key,)
+        yield len(free) > 1, keys, f"only one axis can be -1 (whatever is left), and {len(free)} are"
+        yield name in ("critic", "reference", "reward") and not has_rl, (key,), "has no effect without the rl stage"
+    below = r.rl.adapter is not None and r.rl.adapter.path is None
+    no_model = {"reference": below, "reward": r.rl.reward.function is not None}
+    why = {
+        "reference": "the reference is the policy without its new adapter ('rl.adapter'), no model of its own",
+        "reward": "the reward is 'rl.reward.function', no model",
+    }
+    for name, is_none in no_model.items():
+        is_set = getattr(layout, name) is not None
+        yield has_rl and is_none and is_set, (f"layout.{name}",), f"has no effect: {why[name]}"
+        waits = name in layout.offload
+        yield waits and not has_rl, ("layout.offload",), "has no effect without the rl stage"
+        yield waits and has_rl and is_none, ("layout.offload",), f"{name} has no effect: {why[name]}"
 
 
 _RESPONSE_KEYS = ("data.max_response_tokens", "rollout.max_new_tokens")

@@ -103,6 +103,10 @@ class DataRecipe:
     """Without a chat template: the text of a response, `{response}` standing for the row's own."""
     buckets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
     """Lengths that batches are padded to, so that few shapes are ever compiled."""
+    packing: bool = False
+    """Put several demonstrations into one row (sft), in the bucket in which an optimizer step takes the fewest columns.
+    None reads its neighbours. sft.micro_batch_size then counts such rows. Changes memory and speed, never numbers
+    beyond rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +295,10 @@ class RolloutRecipe:
     """Longest response, the stop token included."""
     stop: tuple[str, ...] = ()
     """Single tokens, besides the model's end-of-sequence tokens, that end a response."""
+    decode_rows: int | None = None
+    """Rows decoded at once; further prompts wait and, in the JAX engine, take the places of finished rows (the
+    torch engine decodes group after group); null: all at once. No number depends on it: it bounds the cache's memory,
+    and rows that end early leave no device idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,11 +310,65 @@ class ZeroRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainMeshRecipe:
+    """The devices as a grid of data x fsdp x tensor; one of them may be -1: whatever is left."""
+
+    data: int = 1
+    """Groups of devices that each hold the whole model and read their own rows."""
+    fsdp: int = -1
+    """Devices among which parameters, gradients and optimizer state are split; each reads its own rows, and gathers a
+    layer's parameters while it runs (ZeRO-3)."""
+    tensor: int = 1
+    """Devices among which heads, inner widths, experts and the vocabulary are split; they read the same rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeMeshRecipe:
+    """The same devices as a grid of data x tensor; one of them may be -1: whatever is left. There is no fsdp: a decode
+    step that gathered its parameters would take many times as long."""
+
+    data: int = -1
+    """Groups of devices that each hold the whole model and generate their own rows."""
+    tensor: int = 1
+    """Devices among which heads (with their keys and values), inner widths, experts and the vocabulary are split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchRecipe:
+    """How the policy's weights get from the train mesh to the decode mesh before a rollout."""
+
+    chunk_mb: int | None = None
+    """Cast and move at most about so many megabytes (of the decode copy, on all devices together) at a time; null: all
+    at once, which is fastest and needs the most memory."""
+    check: Literal["fingerprint", "logprobs"] = "fingerprint"
+    """What is compared after every switch: a checksum of every parameter on both sides; or also the log-probabilities
+    of the prompts under both copies, which costs two forward passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayoutRecipe:
     """How models lie on the machine."""
 
     zero: ZeroRecipe = field(default_factory=ZeroRecipe)
     """The torch engine's ZeRO."""
+    train: TrainMeshRecipe = field(default_factory=TrainMeshRecipe)
+    """The mesh on which the JAX engine trains and scores."""
+    decode: DecodeMeshRecipe = field(default_factory=DecodeMeshRecipe)
+    """The mesh on which the JAX engine generates."""
+    critic: TrainMeshRecipe | None = None
+    """The critic's mesh in rl (JAX engine); null: the train mesh."""
+    reference: TrainMeshRecipe | None = None
+    """The reference's mesh in rl (JAX engine); null: the train mesh."""
+    reward: TrainMeshRecipe | None = None
+    """The reward model's mesh in rl (JAX engine); null: the train mesh."""
+    offload: tuple[Literal["reference", "reward"], ...] = ()
+    """Frozen models of rl that wait in the host's memory between their uses (JAX engine)."""
+    switch: SwitchRecipe = field(default_factory=SwitchRecipe)
+    """From the train mesh to the decode mesh (JAX engine)."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """The JAX engine's attention: auto takes cuDNN's flash attention on GPUs in bfloat16, Pallas splash attention in
+    training on TPUs, and XLA elsewhere; what was taken is in environment.json. A named one that cannot run is an
+    error."""
     remat: Literal["full", "dots", "none"] = "full"
     """Which activations the JAX engine's backward pass makes again instead of keeping them: all of a layer, all but the
     results of matrix products, or none. Changes memory and speed, never numbers beyond rounding."""
@@ -332,8 +394,9 @@ class Recipe:
     """Seeds data order, initial weights and sampling; equal seeds give equal runs."""
     stages: tuple[Stage, ...] = ("sft", "reward", "rl")
     """Stages to run, in this order."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Precision of weights, activations and optimizer. float64 is for comparing engines on a CPU."""
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Precision of weights, activations and optimizer. float64 is for comparing engines on a CPU. bfloat16: activations
+    and matrix products in bfloat16 over float32 master weights, gradients' sums and moments (JAX engine)."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The model to start from."""
     data: DataRecipe = field(default_factory=DataRecipe)

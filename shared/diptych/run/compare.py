@@ -177,8 +177,10 @@ def write_comparison(a: Path, b: Path, html_path: Path) -> Path:
 
 
 def is_timing(metric: str) -> bool:
-    """Times and rates of work: never equal, and not meant to be."""
-    return metric.startswith("timing_s/") or "seconds" in metric or "per_second" in metric or metric == "eps"
+    """Times, rates and amounts of work: never equal, and not meant to be."""
+    if metric.startswith(("timing_s/", "switch/")) or metric in ("eps", "compilations"):
+        return True
+    return "seconds" in metric or "per_second" in metric
 
 
 def _compare(a: RunRecord, b: RunRecord) -> Comparison:

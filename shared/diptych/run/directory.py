@@ -8,7 +8,9 @@
       checkpoints/STAGE/step-00000010/                    models/NAME/, data/
 
 Whatever is replaced is written beside its place and renamed over it, so that a crash leaves the old or the new, never
-half of one. One process writes; several runs in one directory at the same time are not supported.
+half of one. Several runs in one directory at the same time are not supported. Of the processes of one run only the
+first writes, and what is read here it reads for all of them (`world.World.first`): every process calls the same
+methods.
 """
 
 from __future__ import annotations
@@ -26,16 +28,19 @@ from typing import Any, Literal
 from diptych.errors import InvariantError, UserError
 from diptych.recipe.load import dump_recipe, flatten, parse_recipe
 from diptych.recipe.schema import Recipe, Stage
+from diptych.world import SINGLE, World
 
 Status = Literal["running", "done"]
+_FIXED = "layout.zero."  # DeepSpeed's partitions are part of its checkpoints
 _STEP = re.compile(r"step-(\d{8,})")
 
 
 class RunDirectory:
     """One run on disk. Made by `create`, which refuses a directory that belongs to another run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, world: World = SINGLE) -> None:
         self.path = path
+        self.world = world
 
     @classmethod
     def create(
@@ -47,52 +52,62 @@ class RunDirectory:
         environment: Mapping[str, Any],
         resume: bool,
         stages: Sequence[Stage],
+        world: World = SINGLE,
     ) -> RunDirectory:
         """Make OUTPUT, or go on in it where it holds the same recipe on the same engine.
 
-        The list `stages` of the recipe may differ: it selects, and what ran is in state.json. `stages` are those asked
-        for now; without `resume` none of them may have been begun there. Raises UserError and writes nothing otherwise.
+        The list `stages` of the recipe may differ: it selects, and what ran is in state.json. So may the layout on the
+        devices, which changes no number beyond rounding: a run goes on on other machines. `stages` are those asked for
+        now; without `resume` none of them may have been begun there. Raises UserError and writes nothing otherwise.
         """
         output = Path(output)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"engine": engine, "started": started, **environment}
-        run = cls(output)
-        try:
-            if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-                _make_new(output, recipe, record, {"engine": engine, "name": recipe.name, "stages": {}})
-                return run
-            run._check_same(recipe, engine)
-            run._check_stages(stages, resume=resume)
-            run._add_start(record)
-        except OSError as error:
-            raise UserError(f"{output}: cannot be used as a run directory: {error.strerror or error}") from error
+        run = cls(output, world)
+
+        def make() -> None:
+            try:
+                if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+                    _make_new(output, recipe, record, {"engine": engine, "name": recipe.name, "stages": {}})
+                    return
+                layout = run._check_same(recipe, engine)
+                run._check_stages(stages, resume=resume)
+                run._add_start(record | layout)
+            except OSError as error:
+                raise UserError(f"{output}: cannot be used as a run directory: {error.strerror or error}") from error
+
+        world.first(make, leaves=output / "recipe.yaml")
         return run
 
     # What a stage has reached.
 
     def status(self, stage: str) -> Status | None:
         """None where the stage was never begun."""
-        return self._state().get(stage)
+        return self.world.first(lambda: self._state().get(stage))
 
     def is_done(self, stage: str) -> bool:
         return self.status(stage) == "done"
 
     def begin(self, stage: str) -> None:
         """Mark a stage as running."""
-        write_json(self.path / "state.json", {**self._state(), stage: "running"})
+        self.world.first(lambda: write_json(self.path / "state.json", {**self._state(), stage: "running"}))
 
     def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
         """Record a stage's results in summary.json, then mark it as done. InvariantError on a number not finite."""
         whole = self.summary()
-        try:
-            write_json(self.path / "summary.json", {**whole, "stages": {**whole["stages"], stage: dict(summary)}})
-        except ValueError as error:
-            raise InvariantError(f"{stage}: a result is not finite ({error}): {dict(summary)}") from error
-        write_json(self.path / "state.json", {**self._state(), stage: "done"})
+
+        def record() -> None:
+            try:
+                write_json(self.path / "summary.json", {**whole, "stages": {**whole["stages"], stage: dict(summary)}})
+            except ValueError as error:
+                raise InvariantError(f"{stage}: a result is not finite ({error}): {dict(summary)}") from error
+            write_json(self.path / "state.json", {**self._state(), stage: "done"})
+
+        self.world.first(record)
 
     def summary(self) -> dict[str, Any]:
         """The contents of summary.json: {"engine", "name", "stages": {stage: results}}."""
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return self.world.first(lambda: json.loads((self.path / "summary.json").read_text(encoding="utf-8")))
 
     # Places.
 
@@ -119,48 +134,59 @@ class RunDirectory:
         """Write rows {"prompt", "response", "score"} for (stage, when), in the place of earlier ones of the same."""
         if when not in ("before", "after"):
             raise ValueError(f"samples are taken before or after a stage, got {when!r}")
-        kept = [row for row in read_samples(self.samples_path) if (row["stage"], row["when"]) != (stage, when)]
-        rows = kept + [{"stage": stage, "when": when, **sample} for sample in samples]
-        write_text(self.samples_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+        def write() -> None:
+            kept = [row for row in read_samples(self.samples_path) if (row["stage"], row["when"]) != (stage, when)]
+            rows = kept + [{"stage": stage, "when": when, **sample} for sample in samples]
+            write_text(self.samples_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+        self.world.first(write)
 
     # Checkpoints.
 
     @contextmanager
     def checkpoint(self, stage: str, step: int, *, keep: int = 2) -> Iterator[Path]:
-        """A folder to write a checkpoint into; it counts from the moment when the block has ended without an error.
-
-        Afterwards only the `keep` newest checkpoints of the stage are left.
+        """A folder to write a checkpoint into; it counts from the moment when the block has ended without an error (in
+        every process). Afterwards only the `keep` newest checkpoints of the stage are left.
         """
         if keep < 1:
             raise ValueError(f"at least one checkpoint is kept, got keep={keep}")
         folder = self.path / "checkpoints" / stage
         final = folder / f"step-{step:08d}"
-        if final.exists():
-            raise FileExistsError(f"{final}: this step has a checkpoint already")
         partial = folder / f".{final.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # left by a crash
-        partial.mkdir(parents=True)
+
+        def begin() -> None:
+            if final.exists():
+                raise FileExistsError(f"{final}: this step has a checkpoint already")
+            shutil.rmtree(partial, ignore_errors=True)  # left by a crash
+            partial.mkdir(parents=True)
+
+        def count() -> None:
+            os.replace(partial, final)
+            for _, old in self.checkpoints(stage)[:-keep]:
+                doomed = old.with_name(f".{old.name}.partial")
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.replace(old, doomed)  # so that a crash in the middle leaves nothing that looks whole
+                shutil.rmtree(doomed)
+
+        self.world.first(begin, leaves=partial)
         try:
             yield partial
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if self.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
-        os.replace(partial, final)
-        for _, old in self.checkpoints(stage)[:-keep]:
-            doomed = old.with_name(f".{old.name}.partial")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(old, doomed)  # so that a crash in the middle leaves nothing that looks whole
-            shutil.rmtree(doomed)
+        self.world.first(count)
 
     def checkpoints(self, stage: str) -> list[tuple[int, Path]]:
-        """The finished checkpoints of a stage as (step, folder), oldest first."""
+        """The finished checkpoints of a stage as (step, folder), oldest first, as this process sees them."""
         folder = self.path / "checkpoints" / stage
         entries = folder.iterdir() if folder.is_dir() else ()
         return sorted((int(match[1]), entry) for entry in entries if (match := _STEP.fullmatch(entry.name)))
 
     def latest_checkpoint(self, stage: str) -> tuple[int, Path] | None:
         """The newest finished checkpoint as (step, folder)."""
-        return next(reversed(self.checkpoints(stage)), None)
+        return self.world.first(lambda: next(reversed(self.checkpoints(stage)), None))
 
     # Who may write here.
 
@@ -168,7 +194,8 @@ class RunDirectory:
         path = self.path / "state.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def _check_same(self, recipe: Recipe, engine: str) -> None:
+    def _check_same(self, recipe: Recipe, engine: str) -> dict[str, Any]:
+        """UserError where another run is here. Returns the settings of the layout that are other than at its start."""
         output = self.path
         if not output.is_dir():
             raise UserError(f"{output}: is a file; choose another --output")
@@ -180,7 +207,9 @@ class RunDirectory:
             raise UserError(
                 f"{output}: holds a run that cannot be continued ({error}); choose another --output"
             ) from None
-        other = first_difference(stored, recipe)
+        changed = differences(stored, recipe)
+        layout = {key: ours for key, _, ours in changed if key.startswith("layout.") and not key.startswith(_FIXED)}
+        other = next((one for one in changed if one[0] not in layout), None)
         if other is not None:
             key, theirs, ours = other
             raise UserError(
@@ -191,10 +220,11 @@ class RunDirectory:
         if theirs != engine:
             raise UserError(f"{output}: holds a run of the {theirs} engine, not {engine}; choose another --output")
         _read_record(output / "summary.json")
+        return layout
 
     def _check_stages(self, stages: Sequence[Stage], *, resume: bool) -> None:
         for stage in () if resume else stages:
-            status = self.status(stage)
+            status = self._state().get(stage)
             if status == "running":
                 raise UserError(
                     f"{self.path}: the {stage} stage was begun here and not finished; "
@@ -212,11 +242,6 @@ class RunDirectory:
         first = json.loads(path.read_text(encoding="utf-8"))
         changed = {key: value for key, value in record.items() if first.get(key) != value}
         write_json(path, {**first, "later_starts": [*first.get("later_starts", []), changed]})
-
-
-def first_difference(a: Recipe, b: Recipe) -> tuple[str, Any, Any] | None:
-    """(key, value in a, value in b) of the first setting that differs, `stages` left out; None where all agree."""
-    return next(iter(differences(a, b)), None)
 
 
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:

@@ -30,16 +30,19 @@ class MetricsLogger:
     """Writes the rows of one stage. A context manager.
 
     resume_from: the step of the checkpoint that the stage goes on from; rows of this stage beyond it are cut out of
-    metrics.jsonl (0: all of them, the row of step 0 included, as the stage starts over).
+    metrics.jsonl (0: all of them, the row of step 0 included, as the stage starts over). Of the processes of a run only
+    the first writes; the numbers are checked in all of them, and are the same but for times.
     """
 
     def __init__(self, run: RunDirectory, stage: str, *, resume_from: int = 0) -> None:
         self._stage = stage
-        self._path = run.metrics_path
+        self._file = self._events = None
+        if not run.world.is_main:
+            return
         keep_to = resume_from if resume_from > 0 else -1
-        if self._path.exists():
-            _cut(self._path, stage, keep_to)
-        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        if run.metrics_path.exists():
+            _cut(run.metrics_path, stage, keep_to)
+        self._file = run.metrics_path.open("a", encoding="utf-8", newline="\n")
         self._events = _EventFile(run.tensorboard_path(stage), first_step=keep_to + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -56,14 +59,17 @@ class MetricsLogger:
                     f"{self._stage} step {step}: metric {name!r} is {value}; every metric must be finite "
                     f"(likely causes: a learning rate too high, an overflow, a damaged input model)"
                 )
+        if self._file is None or self._events is None:
+            return
         now = time.time()
         self._file.write(json.dumps({"stage": self._stage, "step": int(step), "time": now, **row}) + "\n")
         self._file.flush()
         self._events.add(int(step), now, row)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
 
     def __enter__(self) -> MetricsLogger:
         return self

@@ -22,7 +22,8 @@ SECONDS_BETWEEN_LINES = 15.0
 class Progress:
     """Counts the steps of a stage. A context manager. Rates are over the time since this start, not before a resume.
 
-    total, initial: steps. stream, clock, mode: for tests; a terminal gets a bar, everything else lines.
+    total, initial: steps. silent: print nothing (a process that is not the first). stream, clock, mode: for tests; a
+    terminal gets a bar, everything else lines.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Progress:
         stage: str,
         *,
         initial: int = 0,
+        silent: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         mode: Literal["bar", "plain", "off"] | None = None,
@@ -38,7 +40,7 @@ class Progress:
         self._total, self._stage, self._initial = total, stage, initial
         self._stream = stream or sys.stderr
         self._clock = clock
-        self._mode = mode or _mode(self._stream)
+        self._mode = "off" if silent else mode or _mode(self._stream)
         self._done, self._tokens = initial, 0
         self._shown: dict[str, float] = {}
         self._start = self._printed = clock()

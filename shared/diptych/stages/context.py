@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diptych.algorithms.schedules import learning_rate
 from diptych.data.examples import PairExample, PromptExample, Split, TokenExample
 from diptych.data.tokenizer import Tokenizer
-from diptych.engine import Engine, Metrics, Model, ModelSpec, OptimizerSpec
+from diptych.engine import MASTERS, Engine, Metrics, Model, ModelSpec, OptimizerSpec, Role
 from diptych.families.decoder import DecoderConfig
 from diptych.families.family import ModelConfig
 from diptych.recipe.schema import AdapterRecipe, OptimizerRecipe, Recipe
@@ -31,6 +33,16 @@ class Datasets:
     demonstrations: Split[TokenExample] | None = None
     preferences: Split[PairExample] | None = None
     prompts: Split[PromptExample] | None = None
+
+    def fingerprint(self) -> str:
+        """A checksum of every token of every example, in their order."""
+        mark = 0
+        for split in (self.demonstrations, self.preferences, self.prompts):
+            for example in () if split is None else (*split.train, *split.held_out):
+                parts = (example.chosen, example.rejected) if isinstance(example, PairExample) else (example,)
+                for part in parts:
+                    mark = zlib.crc32(np.asarray(part.tokens, "<i4").tobytes(), mark)
+        return f"{mark:08x}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +95,14 @@ class StageContext:
         *,
         optimizer: OptimizerSpec | None,
         micro_batch_size: int,
+        role: Role = "policy",
         adapter: AdapterRecipe | None = None,
     ) -> Model:
         """Put a checkpoint on the accelerator, to be trained where `optimizer` is given: an adapter of it, or all."""
         started = None
         if adapter is not None:
             checkpoint, started = start_adapter(
-                adapter, checkpoint, seed=self.recipe.seed, precision=self.recipe.precision
+                adapter, checkpoint, seed=self.recipe.seed, precision=MASTERS[self.recipe.precision]
             )
         return self.engine.model(
             ModelSpec(
@@ -100,6 +113,7 @@ class StageContext:
                 head=checkpoint.head,
                 optimizer=optimizer,
                 micro_batch_size=micro_batch_size,
+                role=role,
                 logprob_chunk=self.recipe.logprob_chunk,
             )
         )
@@ -111,10 +125,12 @@ class StageContext:
             self.save_model(name, like, model.ema_weights() if ema else model.weights(), role=role)
             return
         adapter = Adapter(spec=spec, weights=model.ema_weights() if ema else model.adapter_weights())
-        write_adapter(
-            self.run.model_path(f"{name}-adapter"), adapter, like.model, like.head,
-            base=str(self.model_directories[role]), tokenizer_directory=self.tokenizer_directories[role],
-        )  # fmt: skip
+        directory, origin = self.run.model_path(f"{name}-adapter"), self.tokenizer_directories[role]
+        base = str(self.model_directories[role])
+        self.run.world.first(
+            lambda: write_adapter(directory, adapter, like.model, like.head, base=base, tokenizer_directory=origin),
+            leaves=directory,
+        )
         self.save_model(name, like, merged_weights(like, spec, model.weights(), adapter.weights), role=role)
 
     def save_model(self, name: str, like: Checkpoint, weights: Mapping[str, Any], *, role: str) -> Path:
@@ -128,7 +144,10 @@ class StageContext:
             "bos_token_id": tokenizer.bos_token_id,
         }
         checkpoint = replace(like, config=like.config | tokens, weights=dict(weights))
-        write_checkpoint(directory, checkpoint, tokenizer_directory=self.tokenizer_directories[role])
+        origin = self.tokenizer_directories[role]
+        self.run.world.first(
+            lambda: write_checkpoint(directory, checkpoint, tokenizer_directory=origin), leaves=directory
+        )
         return directory
 
 
@@ -162,28 +181,6 @@ def schedule(peak: float, recipe: OptimizerRecipe, num_steps: int) -> Callable[[
     return lambda step: learning_rate(
         step, peak=peak, num_steps=num_steps, schedule=recipe.schedule, warmup_steps=recipe.warmup_steps
     )
-
-
-def save_training_state(
-    context: StageContext, stage: str, step: int, models: Mapping[str, Model], progress: Mapping[str, Any]
-) -> None:
-    """A checkpoint to resume from: each model in its engine's format, and the stage's own counters."""
-    with context.run.checkpoint(stage, step, keep=context.recipe.checkpoint.keep) as directory:
-        for name, model in models.items():
-            (directory / name).mkdir()
-            model.save_checkpoint(directory / name)
-        (directory / "progress.json").write_text(json.dumps(dict(progress)), encoding="utf-8")
-
-
-def load_training_state(context: StageContext, stage: str, models: Mapping[str, Model]) -> tuple[int, dict[str, Any]]:
-    """Load the newest checkpoint of the stage into `models`; (0, {}) where there is none or the run does not resume."""
-    latest = context.run.latest_checkpoint(stage) if context.resume else None
-    if latest is None:
-        return 0, {}
-    step, directory = latest
-    for name, model in models.items():
-        model.load_checkpoint(directory / name)
-    return step, json.loads((directory / "progress.json").read_text(encoding="utf-8"))
 
 
 def add_metrics(parts: Sequence[Metrics]) -> Metrics:

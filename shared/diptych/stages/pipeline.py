@@ -15,13 +15,15 @@ from typing import Any, Literal
 from diptych.data.examples import load_demonstrations, load_preferences, load_prompts, tokenizer_texts
 from diptych.data.tasks import generate, write_jsonl
 from diptych.data.tokenizer import Tokenizer, check_vocabulary
-from diptych.engine import EngineSettings, load_engine
+from diptych.engine import Engine, Role, load_engine
 from diptych.errors import UserError
 from diptych.families.decoder import DecoderConfig
 from diptych.families.family import ModelConfig, read_model
 from diptych.recipe.checks import check_recipe
+from diptych.recipe.load import dump_recipe
 from diptych.recipe.new_model import new_model_config
 from diptych.recipe.schema import NewModel, Recipe, Source, Stage
+from diptych.recipe.settings import engine_settings
 from diptych.rewards.function import load_function
 from diptych.run.directory import RunDirectory
 from diptych.run.environment import describe_environment
@@ -47,33 +49,52 @@ SOURCES: Mapping[Stage, Literal["demonstrations", "preferences", "prompts"]] = {
 
 
 def run_recipe(
-    recipe: Recipe, *, engine_name: str, output: Path, stages: Sequence[Stage] | None = None, resume: bool = False
+    recipe: Recipe,
+    *,
+    engine_name: str,
+    output: Path,
+    stages: Sequence[Stage] | None = None,
+    resume: bool = False,
+    distributed: bool = False,
 ) -> dict[str, Any]:
     """Run `stages` (default: the recipe's) on one engine into `output`; returns the contents of summary.json.
+
+    distributed: this is one of several processes that do the same; the first of them writes.
 
     Raises UserError for whatever the user can mend, before anything is written, and InvariantError when a number goes
     wrong.
     """
-    context = prepare(recipe, engine_name=engine_name, output=output, stages=stages, resume=resume)
-    for stage in tuple(stages or recipe.stages):
-        if context.run.is_done(stage):
+    context = prepare(
+        recipe, engine_name=engine_name, output=output, stages=stages, resume=resume, distributed=distributed
+    )
+    return run_stages(context, stages)
+
+
+def run_stages(context: StageContext, stages: Sequence[Stage] | None = None) -> dict[str, Any]:
+    """What `run_recipe` does once everything is prepared."""
+    run = context.run
+    for stage in tuple(stages or context.recipe.stages):
+        if run.is_done(stage):
             continue
-        context.run.begin(stage)
-        context.run.finish(stage, STAGES[stage](context))
-        write_report(context.run.path)
-    return context.run.summary()
+        run.begin(stage)
+        run.finish(stage, STAGES[stage](context))
+        run.world.first(lambda: write_report(run.path))
+    return run.summary()
 
 
 def prepare(
-    recipe: Recipe, *, engine_name: str, output: Path, stages: Sequence[Stage] | None = None, resume: bool = False
+    recipe: Recipe,
+    *,
+    engine_name: str,
+    output: Path,
+    stages: Sequence[Stage] | None = None,
+    resume: bool = False,
+    distributed: bool = False,
 ) -> StageContext:
     """Everything that `run_recipe` does before its first stage: check, read, start the engine, make the directory."""
     stages = tuple(stages or recipe.stages)
     check_recipe(recipe, where=recipe.name)
-    settings = EngineSettings(
-        precision=recipe.precision, zero_stage=recipe.layout.zero.stage, remat=recipe.layout.remat
-    )
-    engine = load_engine(engine_name, settings)
+    engine = load_engine(engine_name, engine_settings(recipe, distributed=distributed))
     with tempfile.TemporaryDirectory(prefix="diptych-") as scratch:
         base, is_new = _base_model(recipe, output, Path(scratch))
         models = input_models(recipe, stages, output, base)
@@ -81,6 +102,7 @@ def prepare(
         loaded = {directory: Tokenizer.load(directory) for directory in dict.fromkeys(origins.values())}
         tokenizers = {role: loaded[directory] for role, directory in origins.items()}
         configs = _check_models(recipe, models, origins, tokenizers)
+        _check_layout(engine, configs, stages)
         reader = _reader(recipe, configs, tokenizers)
         datasets = _read_data(recipe, stages, configs, tokenizers, reader)
         if "rl" in stages:
@@ -88,6 +110,10 @@ def prepare(
             for target in (recipe.rl.reward.function, recipe.rl.evaluation_function):
                 if target is not None:
                     load_function(target)
+        engine.world.agree(
+            "the recipe, its stages, models and data",
+            lambda: f"{dump_recipe(recipe)}{stages} {resume} {output} {configs} {datasets.fingerprint()}",
+        )
         run = RunDirectory.create(
             output,
             recipe,
@@ -95,12 +121,11 @@ def prepare(
             environment=describe_environment(engine.environment()),
             resume=resume,
             stages=stages,
+            world=engine.world,
         )
-        if is_new and base is not None and not run.model_path("base").exists():
-            partial = run.model_path("base.partial")
-            shutil.copytree(base, partial, dirs_exist_ok=True)
-            partial.rename(run.model_path("base"))
-    _leave_generated_data(recipe, stages, run)
+        if is_new and base is not None:
+            run.world.first(lambda: _leave_base(base, run.model_path("base")), leaves=run.model_path("base"))
+    run.world.first(lambda: _leave_generated_data(recipe, stages, run))
     if is_new:  # the scratch folder is gone; its contents live in the run
         models, origins = (
             {role: run.model_path("base") if path == base else path for role, path in paths.items()}
@@ -139,6 +164,13 @@ def _base_model(recipe: Recipe, output: Path, scratch: Path) -> tuple[Path | Non
     checkpoint = initial_checkpoint(new_config(recipe.model.new, tokenizer), seed=recipe.seed)
     write_checkpoint(base, checkpoint, tokenizer_directory=tokenizer_directory)
     return base, True
+
+
+def _leave_base(base: Path, target: Path) -> None:
+    if not target.exists():
+        partial = target.with_name("base.partial")
+        shutil.copytree(base, partial, dirs_exist_ok=True)
+        partial.rename(target)
 
 
 def new_config(new: NewModel, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -209,6 +241,16 @@ def _check_models(
             "): take it away"
         )
     return configs
+
+
+def _check_layout(engine: Engine, configs: Mapping[str, ModelConfig], stages: Sequence[Stage]) -> None:
+    """Every model divides over the meshes on which the stages will put it."""
+    placed: Mapping[str, tuple[Role, ...]] = {"policy": ("policy", "reference"), "reward_model": ("reward", "critic")}
+    for name, config in configs.items():
+        for role in placed.get(name, ("policy",)):
+            engine.check_model(config, role)
+    if "rl" in stages and "reward_model" not in configs:  # the critic starts from the policy
+        engine.check_model(configs["policy"], "critic")
 
 
 def _reader(

@@ -10,7 +10,7 @@ import numpy as np
 from diptych.algorithms.losses import dschat_reward_loss, pairwise_reward_loss
 from diptych.data.batches import pair_batch
 from diptych.data.examples import PairExample
-from diptych.engine import Loss, Model, TrainBatch
+from diptych.engine import MASTERS, Loss, Model, TrainBatch
 from diptych.stages.context import NUM_SAMPLES, StageContext, optimizer_spec
 from diptych.stages.rollout import prompt_of
 from diptych.stages.supervised import Supervision, train
@@ -22,7 +22,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     recipe, settings = context.recipe, context.recipe.reward
     split = context.datasets.preferences
     assert split is not None, "the pipeline reads the data of every stage that it runs"
-    checkpoint = read_checkpoint(context.model_directories["reward"], precision=recipe.precision)
+    checkpoint = read_checkpoint(context.model_directories["reward"], precision=MASTERS[recipe.precision])
     if checkpoint.head == "lm":
         checkpoint = with_scalar_head(checkpoint, seed=recipe.seed)
     tokenizer = context.tokenizers["reward"]

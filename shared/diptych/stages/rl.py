@@ -21,25 +21,19 @@ from diptych.algorithms.dialects import DIALECTS, Experience, experience
 from diptych.algorithms.losses import ppo_policy_loss, ppo_value_loss
 from diptych.data.batches import order
 from diptych.data.examples import PromptExample
-from diptych.engine import Loss, Metrics, Model, TrainBatch
+from diptych.engine import MASTERS, Loss, Metrics, Model, TrainBatch
 from diptych.errors import InvariantError
 from diptych.rewards.function import call, load_function
 from diptych.run.metrics import MetricsLogger
 from diptych.run.progress import Progress
 from diptych.stages.adapters import BelowAdapter
-from diptych.stages.context import (
-    NUM_SAMPLES,
-    Clock,
-    StageContext,
-    load_training_state,
-    optimizer_spec,
-    save_training_state,
-    schedule,
-)
+from diptych.stages.checkpoints import Checkpoints
+from diptych.stages.context import NUM_SAMPLES, Clock, StageContext, optimizer_spec, schedule
 from diptych.stages.invariants import check_first_ratio, check_reference, check_sampler_gap
 from diptych.stages.reading import Reader, Reading, own_reading
 from diptych.stages.rollout import Rollout, roll_out, sampling_of
 from diptych.weights.huggingface import Checkpoint, read_checkpoint, with_scalar_head
+from diptych.world import World
 
 Scorer = Callable[[Rollout, Reading, Sequence[PromptExample]], Float[np.ndarray, " rows"]]
 
@@ -92,8 +86,8 @@ def run_rl(context: StageContext) -> dict[str, Any]:
     assert split is not None, "the pipeline reads the data of every stage that it runs"
     models = build_models(context)
     ppo = PPO(context, models)
-    trained = {"policy": models.policy, "critic": models.critic}
-    start, progress = load_training_state(context, "rl", trained)
+    checkpoints = Checkpoints(context, "rl", {"policy": models.policy, "critic": models.critic})
+    start, progress = checkpoints.load()
     clock = Clock(before=progress.get("seconds", 0.0))
     generated = int(progress.get("generated_tokens", 0))
     before: Metrics = progress.get("eval_before", {})
@@ -104,7 +98,8 @@ def run_rl(context: StageContext) -> dict[str, Any]:
 
     with (
         MetricsLogger(context.run, "rl", resume_from=start) as logger,
-        Progress(settings.iterations, "rl", initial=start) as bar,
+        Progress(settings.iterations, "rl", initial=start, silent=not context.run.world.is_main) as bar,
+        checkpoints,
     ):
         if start == 0:
             before = latest = ppo.evaluate(held_out, when="before")
@@ -136,7 +131,7 @@ def run_rl(context: StageContext) -> dict[str, Any]:
                     "kl": last_kl,
                     "truncated_readings": truncated,
                 }
-                save_training_state(context, "rl", done, trained, state)
+                checkpoints.save(done, state)
 
     context.save_trained("rl", models.policy_checkpoint, models.policy, role="policy")
     origin = "reward_model" if "reward_model" in context.model_directories else "policy"
@@ -162,17 +157,19 @@ def run_rl(context: StageContext) -> dict[str, Any]:
 def build_models(context: StageContext) -> Models:
     """Put actor, reference, critic and reward on the accelerator."""
     recipe, settings = context.recipe, context.recipe.rl
-    policy_checkpoint = read_checkpoint(context.model_directories["policy"], precision=recipe.precision)
+    policy_checkpoint = read_checkpoint(context.model_directories["policy"], precision=MASTERS[recipe.precision])
     rows = settings.micro_batch_size
     optimizer = optimizer_spec(settings.optimizer)
     if "reward_model" in context.model_directories:
-        critic_checkpoint = read_checkpoint(context.model_directories["reward_model"], precision=recipe.precision)
-        reward_model = context.model(critic_checkpoint, optimizer=None, micro_batch_size=rows)
+        critic_checkpoint = read_checkpoint(
+            context.model_directories["reward_model"], precision=MASTERS[recipe.precision]
+        )
+        reward_model = context.model(critic_checkpoint, optimizer=None, micro_batch_size=rows, role="reward")
         score = _model_scorer(reward_model)
     else:
         critic_checkpoint = with_scalar_head(policy_checkpoint, seed=recipe.seed, zero=True)
         assert settings.reward.function is not None, "checked with the recipe"
-        score = _function_scorer(settings.reward.function)
+        score = _function_scorer(settings.reward.function, context.run.world)
     evaluation = settings.evaluation_function
     policy = context.model(
         policy_checkpoint,
@@ -183,15 +180,21 @@ def build_models(context: StageContext) -> Models:
     if settings.adapter is not None and settings.adapter.path is None:
         reference = BelowAdapter(policy)  # a new adapter changes nothing: below it is what the policy starts as
     else:
-        reference = context.model(policy_checkpoint, optimizer=None, micro_batch_size=rows, adapter=settings.adapter)
+        reference = context.model(
+            policy_checkpoint, optimizer=None, micro_batch_size=rows, role="reference", adapter=settings.adapter
+        )
     return Models(
         policy=policy,
         reference=reference,
         critic=context.model(
-            critic_checkpoint, optimizer=optimizer, micro_batch_size=rows, adapter=settings.critic_adapter
+            critic_checkpoint,
+            optimizer=optimizer,
+            micro_batch_size=rows,
+            role="critic",
+            adapter=settings.critic_adapter,
         ),
         score=score,
-        evaluate=_function_scorer(evaluation) if evaluation else score,
+        evaluate=_function_scorer(evaluation, context.run.world) if evaluation else score,
         read=context.reader or own_reading,
         policy_checkpoint=policy_checkpoint,
         critic_checkpoint=critic_checkpoint,
@@ -202,10 +205,11 @@ def _model_scorer(reward: Model) -> Scorer:
     return lambda _rollout, reading, _prompts: reading.end_scores(reward.scores(reading.tokens))
 
 
-def _function_scorer(target: str) -> Scorer:
+def _function_scorer(target: str, world: World) -> Scorer:
+    """Process 0 asks the function, and the others take its answers: a judge may answer twice differently."""
     function = load_function(target)
-    return lambda rollout, _reading, prompts: call(
-        function, [prompt.text for prompt in prompts], rollout.texts, [prompt.data for prompt in prompts]
+    return lambda rollout, _reading, prompts: world.first(
+        lambda: call(function, [prompt.text for prompt in prompts], rollout.texts, [prompt.data for prompt in prompts])
     )
 
 
@@ -251,11 +255,16 @@ class PPO:
         """One iteration: the metrics to log, and the number of generated tokens."""
         timer = Timer()
         began = time.perf_counter()
+        compiled = self.context.engine.compilations()
+        metrics = self.models.policy.rollout_metrics()  # of an evaluation before
         with timer.phase("rollout"):
             rollout = self.roll_out(prompts, purpose="rl/rollout", step=iteration)
+        switched = self.models.policy.rollout_metrics()
+        timer.seconds["rollout"] -= switched.get("timing_s/switch", 0.0)
+        metrics |= switched
         with timer.phase("score"):
             scored = self.score(rollout, prompts)
-        metrics = self.describe(scored)
+        metrics |= self.describe(scored)
         check_sampler_gap(metrics["rollout/logprob_gap_max"], rollout, self.recipe.precision, iteration)
         if iteration == 0:
             check_reference(scored.logprobs, scored.ref_logprobs, rollout.completions.mask, self.recipe.precision)
@@ -271,6 +280,8 @@ class PPO:
         seconds = time.perf_counter() - began
         metrics |= {f"timing_s/{name}": value for name, value in timer.seconds.items()}
         metrics["timing_s/iteration"] = seconds
+        if (made := self.context.engine.compilations()) is not None and compiled is not None:
+            metrics["compilations"] = float(made - compiled)
         metrics["eps"] = len(prompts) / seconds
         metrics["tokens_per_second"] = tokens / timer.seconds["rollout"]
         return metrics, tokens

@@ -67,6 +67,7 @@ def sampling_of(recipe: Recipe, tokenizer: Tokenizer) -> Sampling:
         top_p=rollout.top_p,
         max_new_tokens=rollout.max_new_tokens,
         stop_token_ids=tuple(dict.fromkeys(stop)),
+        decode_rows=rollout.decode_rows,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from diptych.algorithms.losses import sft_loss
 from diptych.data.batches import sft_batch
 from diptych.data.examples import TokenExample
-from diptych.engine import Loss, TrainBatch
+from diptych.engine import MASTERS, Loss, TrainBatch
 from diptych.stages.context import NUM_SAMPLES, StageContext, optimizer_spec
 from diptych.stages.rollout import prompt_of, sample_texts
 from diptych.stages.supervised import Supervision, train
@@ -20,7 +20,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     recipe, settings = context.recipe, context.recipe.sft
     split = context.datasets.demonstrations
     assert split is not None, "the pipeline reads the data of every stage that it runs"
-    checkpoint = read_checkpoint(context.model_directories["sft"], precision=recipe.precision)
+    checkpoint = read_checkpoint(context.model_directories["sft"], precision=MASTERS[recipe.precision])
     model = context.model(
         checkpoint,
         optimizer=optimizer_spec(settings.optimizer),
@@ -34,6 +34,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
             buckets=recipe.data.buckets,
             pad_token_id=context.tokenizer.pad_token_id,
             multiple_of=settings.micro_batch_size,
+            packing=recipe.data.packing,
         )
 
     prompts = [prompt_of(example, context.tokenizer) for example in split.held_out[:NUM_SAMPLES]]

@@ -14,14 +14,8 @@ from diptych.engine import Loss, Metrics, Model, TrainBatch
 from diptych.recipe.schema import RewardRecipe, SFTRecipe
 from diptych.run.metrics import MetricsLogger
 from diptych.run.progress import Progress
-from diptych.stages.context import (
-    Clock,
-    StageContext,
-    add_metrics,
-    load_training_state,
-    save_training_state,
-    schedule,
-)
+from diptych.stages.checkpoints import Checkpoints
+from diptych.stages.context import Clock, StageContext, add_metrics, schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +55,16 @@ def train(context: StageContext, supervision: Supervision) -> SupervisedResult:
     settings, model, stage = supervision.settings, supervision.model, supervision.stage
     total = num_steps(len(supervision.train), settings)
     rate = schedule(settings.learning_rate, settings.optimizer, total)
-    start, progress = load_training_state(context, stage, {"model": model})
+    checkpoints = Checkpoints(context, stage, {"model": model})
+    start, progress = checkpoints.load()
     clock = Clock(before=progress.get("seconds", 0.0))
     first: Metrics = progress.get("eval_first", {})
     last: Metrics = progress.get("eval_last", {})
 
     with (
         MetricsLogger(context.run, stage, resume_from=start) as logger,
-        Progress(total, stage, initial=start) as bar,
+        Progress(total, stage, initial=start, silent=not context.run.world.is_main) as bar,
+        checkpoints,
     ):
         if start == 0:
             first = last = evaluate(supervision)
@@ -90,7 +86,7 @@ def train(context: StageContext, supervision: Supervision) -> SupervisedResult:
             every = context.recipe.checkpoint.every
             if every and done % every == 0 and done < total:
                 state = {"seconds": clock.seconds(), "eval_first": first, "eval_last": last}
-                save_training_state(context, stage, done, {"model": model}, state)
+                checkpoints.save(done, state)
     return SupervisedResult(first=first, last=last, seconds=clock.seconds(), steps=total)
 
 

@@ -1,0 +1,108 @@
+"""What docs/clusters.md and the launchers say can be run: every `diptych` command parses, shells and YAML are sound."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diptych.cli import _parser
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = sorted((ROOT / "scripts").glob("*.s[bh]*")) + sorted((ROOT / "scripts").glob("*.yaml"))
+SHELLS = [path for path in LAUNCHERS if path.suffix != ".yaml"]
+FILES = [ROOT / "docs" / "clusters.md", ROOT / "scripts" / "two_process_cpu.py", *LAUNCHERS]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `diptych COMMAND ...` in a text. Variables of a shell stand for one word, its list of
+    arguments ("$@", or a variable glued to the word before) for none."""
+    joined = re.sub(r"\\\n\s*|(?<=first)\n\s+(?=--)", " ", text)
+    found = []
+    for match in re.finditer(r"\bdiptych (?=(?:run|plan|generate|eval|export|compare|report) )([^`\n#&<>|]+)", joined):
+        line = re.sub(r'"?\$@"?|(?<=\w)\$\w+|\$\{@\}', "", match[1])
+        found.append(shlex.split(re.sub(r'"?\$\{?\w+\}?"?', "word", line)))
+    return found
+
+
+def problem(arguments: list[str]) -> str | None:
+    try:
+        _, left_over = _parser().parse_known_args(arguments)
+    except SystemExit:
+        return f"does not parse: {arguments}"
+    odd = [text for text in left_over if "=" not in text or text.startswith("-")]
+    return f"{odd} in {arguments}" if odd else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_commands_parse(path):
+    for arguments in commands(path.read_text(encoding="utf-8")):
+        assert problem(arguments) is None
+
+
+def test_the_commands_are_found():
+    found = {path.name: commands(path.read_text(encoding="utf-8")) for path in FILES}
+    assert len(found["clusters.md"]) >= 6
+    for launcher in LAUNCHERS:
+        (command,) = [one for one in found[launcher.name] if one[0] == "run"]
+        assert {"--distributed", "--resume", "--engine", "--output"} <= set(command), launcher.name
+    assert ["plan", "my.yaml", "--topology", "v5e:4x4"] in found["clusters.md"]
+
+
+@pytest.mark.parametrize(
+    "line", ["diptych run a.yaml --engine jax --distribute-me", "diptych run a.yaml --engine tpu", "diptych run"]
+)
+def test_canary_a_wrong_command_is_seen(line):
+    (arguments,) = commands(line + " \n") or [[]]
+    assert problem(arguments) is not None
+
+
+@pytest.mark.parametrize("path", SHELLS, ids=lambda path: path.name)
+def test_shells_are_sound(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text(encoding="utf-8")
+    assert "set -euo pipefail" in text
+    assert "\t" not in text
+
+
+def test_the_tpu_script_keeps_words_together(tmp_path):
+    """Names with spaces and settings in braces arrive on the VMs as they were given."""
+    (tmp_path / "gcloud").write_text(
+        '#!/bin/bash\nfor word in "$@"; do\n'
+        '  case "$word" in --command=*) HOME=$FAKE bash -c "${word#--command=}";; esac\ndone\n'
+    )
+    binaries = tmp_path / "diptych-venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "diptych").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    for script in (tmp_path / "gcloud", binaries / "diptych"):
+        script.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "FAKE": str(tmp_path), "TPU_NAME": "slice", "ZONE": "z"}
+    command = ["bash", str(ROOT / "scripts/tpu_vm.sh"), "run", "my recipe.yaml", "/shared/o", "rl.adapter={rank: 8}"]
+    subprocess.run(command, check=True, env=environment)
+    log = tmp_path / "diptych.log"
+    for _ in range(100):
+        if log.exists() and log.read_text().endswith("{rank: 8}\n"):
+            break
+        subprocess.run(["sleep", "0.05"], check=True)
+    assert log.read_text().splitlines() == [
+        "run", "my recipe.yaml", "--engine", "jax", "--output", "/shared/o", "--distributed", "--resume",
+        "rl.adapter={rank: 8}",
+    ]  # fmt: skip
+
+
+def test_the_jobset_has_a_pod_for_every_host():
+    job = yaml.safe_load((ROOT / "scripts" / "gke_tpu.yaml").read_text(encoding="utf-8"))
+    assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = spec["template"]["spec"]
+    chips = 1
+    for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
+        chips *= int(size)
+    (container,) = pod["containers"]
+    assert spec["parallelism"] == spec["completions"] == chips / container["resources"]["limits"]["google.com/tpu"]
+    claims = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == claims
