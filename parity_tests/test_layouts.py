@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 
 from diptych.parity.compare import metrics
+from diptych.parity.tolerances import TOLERANCES
 from parity_tests.runs import numbers, run
 
-LIMIT = 1e-9
+LIMIT = TOLERANCES["layout"].at("float64")
 SETTINGS = [
     "precision=float64", "data.demonstrations.limit=200", "data.preferences.limit=200", "data.prompts.limit=100",
     "data.buckets=[8,16,32,64,128]", "model.new.hidden_size=32", "model.new.intermediate_size=64",

@@ -27,11 +27,12 @@ from pathlib import Path
 
 from diptych.engine import ENGINES
 from diptych.errors import UserError
+from diptych.parity.tolerances import TOLERANCES
 from diptych.run.compare import ROUNDING, TOKENS, Comparison, MetricDifference, compare_runs
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 NUM_DEVICES = 8
-LIMIT = 1e-9
+LIMIT = TOLERANCES["layout"].at("float64")
 SETTINGS = """
     name=two-processes precision=float64 checkpoint.every=1
     model.new.hidden_size=32 model.new.intermediate_size=64 model.new.num_hidden_layers=1 model.new.vocab_size=300

@@ -11,12 +11,13 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from diptych.errors import InvariantError
 
@@ -68,19 +69,26 @@ class Warm:
             )
         self._seen.add((name, key))
 
-    def forget(self) -> None:
-        """Compilations are expected again: programs or settings of the process have changed."""
-        self._seen.clear()
 
-
-def enable_cache() -> Path | None:
+def enable_cache(devices: Sequence[Any]) -> Path | None:
     """Keep compiled programs between runs, in `$XDG_CACHE_HOME/diptych/jax` (or `~/.cache`). Returns the folder; None
     where it is off.
 
     Left as it is: a folder that the user gave JAX (JAX_COMPILATION_CACHE_DIR, `jax.config`). Off:
-    DIPTYCH_COMPILATION_CACHE=off, and, with one line on stderr, a folder that cannot be written.
+    DIPTYCH_COMPILATION_CACHE=off; several CPU devices, whose programs wait for each other for ever once they are read
+    back from disk (jax 0.10.2: the devices come to their collectives in different orders); and a folder that cannot be
+    written. One line on stderr says of the last two that a folder is not used.
     """
     given: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX looks at the setting once, at its first compilation
+        if given is not None:
+            print(
+                f"diptych: {given} is not used: programs for several CPU devices deadlock when read back from a cache",
+                file=sys.stderr,
+            )
+        return None
     if given is not None:
         return Path(given)
     if os.environ.get(OFF, "").lower() == "off":

@@ -14,6 +14,7 @@ program has an explicit type. Compiled programs are kept on disk (`compilations.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -69,8 +70,8 @@ def create(settings: EngineSettings) -> JaxEngine:
     if settings.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
-    compilations.enable_cache()
     processes.start(settings)
+    compilations.enable_cache(_devices())
     return JaxEngine(settings)
 
 
@@ -82,8 +83,7 @@ class JaxEngine:
     def __init__(self, settings: EngineSettings):
         self.settings = settings
         self.world = processes.world()
-        devices = jax.devices()
-        devices = devices[: int(os.environ.get("DIPTYCH_DEVICES", len(devices)))]
+        devices = _devices()
         self._meshes = {}
         for role in ("policy", "critic", "reference", "reward"):
             shape = resolve(settings.layout.of(role), len(devices), key=settings.layout.key_of(role))
@@ -149,6 +149,7 @@ class JaxModel:
         self._dtype = np.dtype(np.float64 if settings.precision == "float64" else np.float32)
         self._config = read_model(spec.config)
         self._warm = compilations.Warm()
+        self._told_of_filler = False
         self._decode_copy: weights.Model | None = None
         self._rollout_metrics: Metrics = {}
         is_trained = spec.optimizer is not None
@@ -182,7 +183,7 @@ class JaxModel:
         self._check_batch(batch)
         if temperature <= 0:
             raise ValueError(f"log-probabilities need a temperature above 0, got {temperature}")
-        scale = jnp.asarray(temperature, self._dtype)
+        scale = self._scalar(temperature)
         return self._score(
             "logprobs" if adapter else "logprobs below the adapter",
             batch,
@@ -214,7 +215,7 @@ class JaxModel:
     def _score(self, name: str, batch: TokenBatch, score: Any) -> np.ndarray:
         """`score` of micro-batches, all of one shape: the last is filled up with copies of its last row."""
         size = min(self.spec.micro_batch_size, len(batch))
-        filled = -(-size // num_shards(self._mesh)) * num_shards(self._mesh)
+        filled = size + self._filler(size)
         results = []
         with jax.set_mesh(self._mesh), self._warm.call(name, filled, batch.tokens.shape[1], batch.first):
             for start in range(0, len(batch), size):
@@ -223,6 +224,19 @@ class JaxModel:
                 arrays = (part.tokens, part.attention, part.positions)
                 results.append(score(tuple(place_rows(_of_device(array), self._mesh) for array in arrays)))
         return np.concatenate([to_host(result)[:size] for result in results])[: len(batch)]
+
+    def _filler(self, size: int) -> int:
+        """Rows to add to a micro-batch of `size`, so that it divides over the devices. Says once that they cost."""
+        shards = num_shards(self._mesh)
+        filler = -size % shards
+        if filler and not self._told_of_filler and jax.process_index() == 0:
+            print(
+                f"diptych: {self.spec.role}: a micro-batch of {size} rows is split over {shards} devices and filled up "
+                f"with {filler} empty rows: make micro_batch_size a multiple of {shards}, or data x fsdp smaller",
+                file=sys.stderr,
+            )
+        self._told_of_filler |= filler > 0
+        return filler
 
     # Training ------------------------------------------------------------------------------------------------------
 
@@ -272,7 +286,7 @@ class JaxModel:
                 f"a step of {num_rows} rows does not divide into micro-batches of {self.spec.micro_batch_size} rows"
             )
 
-        filler = -size % num_shards(self._mesh)
+        filler = self._filler(size)
 
         def cut(array: np.ndarray) -> jax.Array:
             host = np.asarray(array)
@@ -457,6 +471,18 @@ class JaxModel:
                 f"token ids run from {tokens.min()} to {tokens.max()}, the model has {self._config.vocab_size} "
                 "(0 to vocab_size - 1): use the tokenizer that belongs to the model"
             )
+
+
+def _devices() -> list[Any]:
+    """All devices, or as many as DIPTYCH_DEVICES says."""
+    devices, wanted = jax.devices(), os.environ.get("DIPTYCH_DEVICES")
+    if wanted is None:
+        return devices
+    if jax.process_count() > 1:
+        raise UserError("DIPTYCH_DEVICES is for one process: unset it, every process brings all its devices")
+    if not wanted.isdecimal() or not 1 <= int(wanted) <= len(devices):
+        raise UserError(f"DIPTYCH_DEVICES={wanted}: give a number from 1 to {len(devices)}, the devices that are here")
+    return devices[: int(wanted)]
 
 
 def _of_device(host: np.ndarray, dtype: Any = np.float32) -> np.ndarray:

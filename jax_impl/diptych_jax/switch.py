@@ -34,7 +34,7 @@ from diptych.families.decoder import DecoderConfig, Slot
 from diptych.families.family import model_slots
 from diptych.layout import MeshShape, slot_spec
 from diptych_jax.adapter import Adapter
-from diptych_jax.mesh import rules_of, shape_of, to_host
+from diptych_jax.mesh import rules_of, shape_of
 from diptych_jax.model import Decoder
 from diptych_jax.weights import Model, build
 
@@ -248,8 +248,7 @@ def _on_decode_mesh(array: Array, slot: Slot, over: Meshes) -> Array:
 
 
 def _check(prints: list[tuple[str, Array, Array]]) -> None:
-    for what, left, there in prints:
-        before, after = int(to_host(left)), int(to_host(there))
+    for what, before, after in jax.device_get(prints):
         if before != after:
             raise InvariantError(
                 f"the switch to the decode mesh: {what} did not arrive as it left the train mesh (fingerprints "

@@ -14,6 +14,7 @@ from diptych.errors import UserError
 from diptych.families.adapter import adapter_shapes
 from diptych.families.family import read_model
 from diptych.layout import Layout, MeshShape
+from diptych.parity.tolerances import TOLERANCES
 from diptych_jax import mesh as meshes
 from diptych_jax.engine import create
 
@@ -23,7 +24,7 @@ LAYOUTS = {
     "data 2, fsdp 2, tensor 2": Layout(train=MeshShape(data=2, fsdp=2, tensor=2), decode=MeshShape(data=4, tensor=2)),
     "tensor 4, data 2": Layout(train=MeshShape(data=2, tensor=4), decode=MeshShape(data=8)),
 }
-LIMIT = 1e-9  # DESIGN's rung: any mesh against one device
+LIMIT = TOLERANCES["layout"].at("float64")
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4}
 MIXTRAL = {**SIZES, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 RNN = {"model_type": "rnn", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
@@ -86,7 +87,7 @@ def test_training_scoring_and_decoding_do_not_depend_on_the_mesh(layout, model, 
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_micro_batches_that_do_not_fill_the_shards_change_nothing(size, model, adamw, sft_batch):
+def test_micro_batches_that_do_not_fill_the_shards_change_nothing(size, model, adamw, sft_batch, capsys):
     """Pairs, whose loss reads rows two by two, in micro-batches of 2, 4 and 8 rows on eight shards."""
     batch = sft_batch(8)
     end = np.zeros_like(batch.arrays["mask"], dtype=np.float64)
@@ -98,6 +99,8 @@ def test_micro_batches_that_do_not_fill_the_shards_change_nothing(size, model, a
     assert _largest(whole, parts.gradients(loss, pairs)) <= LIMIT
     one = model(ONE, head="scalar", optimizer=adamw)
     assert _largest(one.evaluate(loss, pairs), parts.evaluate(loss, pairs)) <= LIMIT
+    told = capsys.readouterr().err.count("empty rows")
+    assert told == (2 * size < 8)  # once, though two calls were filled up
 
 
 @pytest.mark.parametrize("config", [MIXTRAL, RNN], ids=["experts", "recurrent"])
@@ -187,6 +190,13 @@ def test_a_model_that_does_not_divide_is_refused_before_anything_is_allocated(mo
     with pytest.raises(UserError, match=r"layout.decode.tensor: query heads \(4\)"):
         model(Layout(train=MeshShape(fsdp=8), decode=MeshShape(tensor=8)), config={"num_attention_heads": 4})
     assert len(jax.live_arrays()) == live
+
+
+@pytest.mark.parametrize("wanted", ["0", "9", "two"])
+def test_devices_that_are_not_there_are_refused(wanted, monkeypatch):
+    monkeypatch.setenv("DIPTYCH_DEVICES", wanted)
+    with pytest.raises(UserError, match=f"DIPTYCH_DEVICES={wanted}: give a number from 1 to 8"):
+        create(EngineSettings(precision="float32"))
 
 
 def test_constraints_and_rows_of_a_mesh():

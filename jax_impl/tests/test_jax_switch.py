@@ -92,7 +92,7 @@ def test_the_programs_collectives_move_what_is_counted(laid):
     assert all(set(re.findall(r"\w+\[[\d,]*\]", shapes)) == {"u32[]"} for shapes in reduced)
 
 
-def test_chunks_bound_what_is_on_its_way_and_change_nothing(laid):
+def test_chunks_change_nothing(laid):
     model, over = laid((2, 2, 2), (4, 2))
     whole, parts = (switch.switch(model, over, "float32", chunk=chunk) for chunk in (None, 1))
     for a, b in zip(jax.tree.leaves(whole.model), jax.tree.leaves(parts.model), strict=True):

@@ -105,19 +105,18 @@ def check_slots(slots: Mapping[str, Slot], mesh: MeshShape, *, key: str, rules: 
 
     Key-value heads may be fewer than the tensor axis where they divide it: then each device holds all of them.
     """
-    names = {"v": "vocabulary", "n": "query heads", "f": "inner width", "d": "hidden size", "e": "embedding width"}
+    names = {
+        "v": "vocabulary", "n": "query heads", "k": "key-value heads", "f": "inner width", "d": "hidden size",
+        "e": "embedding width", "experts": "experts",
+    }  # fmt: skip
     for slot in slots.values():
-        for letter, dim in zip(letters(slot), slot.shape, strict=True):
-            axis = rules.get(letter)
-            size = mesh.sizes.get(axis or "", 1)
-            if size == 1 or dim % size == 0 or (letter in "de" and len(slot.shape) == 1):
-                continue
-            if letter == "k" and size % dim == 0:
-                continue
-            what = {"experts": "experts", "k": "key-value heads"}.get(letter) or names[letter]
-            raise UserError(
-                f"{key}.{axis}: {what} ({dim}) cannot be split over {size} devices: choose a divisor of {dim}"
-            )
+        for letter, dim, axis in zip(letters(slot), slot.shape, _axes(slot, rules), strict=True):
+            size = 1 if axis is None else mesh.sizes[axis]
+            if dim % size and not (letter == "k" and size % dim == 0):
+                raise UserError(
+                    f"{key}.{axis}: {names[letter]} ({dim}) cannot be split over {size} devices: choose a divisor of "
+                    f"{dim}"
+                )
 
 
 def letters(slot: Slot) -> tuple[str, ...]:
@@ -127,14 +126,23 @@ def letters(slot: Slot) -> tuple[str, ...]:
 
 
 def slot_spec(slot: Slot, mesh: MeshShape, rules: Rules) -> Spec:
-    """The mesh axis of each axis of one layer's parameter. A mesh axis is used once; vectors of the model's width are
-    not split; an axis that does not divide (`check_model` says which may) stays whole."""
-    spec: list[str | None] = []
-    for letter, dim in zip(letters(slot), slot.shape, strict=True):
+    """The mesh axis of each axis of one layer's parameter; an axis that does not divide (`check_slots` says which may)
+    stays whole."""
+    return tuple(
+        None if axis is None or dim % mesh.sizes[axis] else axis
+        for dim, axis in zip(slot.shape, _axes(slot, rules), strict=True)
+    )
+
+
+def _axes(slot: Slot, rules: Rules) -> Spec:
+    """The mesh axis over which each axis is to be split. A mesh axis is used once, by the first; vectors of the model's
+    width are not split."""
+    wanted: list[str | None] = []
+    for letter in letters(slot):
         axis = rules.get(letter)
-        whole = axis is None or axis in spec or dim % mesh.sizes[axis] or (letter in "de" and len(slot.shape) == 1)
-        spec.append(None if whole else axis)
-    return tuple(spec)
+        is_vector = letter in ("d", "e") and len(slot.shape) == 1
+        wanted.append(None if axis in wanted or is_vector else axis)
+    return tuple(wanted)
 
 
 def shard_size(slot: Slot, mesh: MeshShape, rules: Rules) -> int:

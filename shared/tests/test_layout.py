@@ -63,6 +63,12 @@ def test_a_model_that_does_not_divide_names_axis_and_number(config, mesh, messag
         check_slots(model_slots(read_model(config), "lm"), mesh, key="layout.train")
 
 
+def test_an_expert_s_inner_width_is_not_split_and_need_not_divide():
+    config = read_model(MIXTRAL | {"intermediate_size": 95})
+    check_slots(model_slots(config, "lm"), MeshShape(tensor=2), key="layout.train")
+    assert slot_spec(model_slots(config, "lm")["gate"], MeshShape(tensor=2), TRAIN_RULES) == ("tensor", "fsdp", None)
+
+
 def test_key_value_heads_may_be_fewer_than_the_tensor_axis():
     config = read_model(LLAMA)
     check_slots(model_slots(config, "lm"), MeshShape(tensor=4), key="layout.decode", rules=DECODE_RULES)

@@ -330,7 +330,8 @@ class DecodeMeshRecipe:
     data: int = -1
     """Groups of devices that each hold the whole model and generate their own rows."""
     tensor: int = 1
-    """Devices among which heads (with their keys and values), inner widths, experts and the vocabulary are split."""
+    """Devices among which heads (with their keys and values), inner widths, experts and the vocabulary are split. Where
+    there are fewer key-value heads than devices, each device holds them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
