@@ -185,7 +185,7 @@ def test_canary_one_bit_of_a_weight_is_seen():
 
 def test_canary_a_wrong_cache_and_a_wrong_token_are_seen(monkeypatch):
     """Keys written one column late; positions that stand still; a token changed."""
-    import diptych_torch.decode as decode
+    import diptych_torch.slots as slots
 
     case = CASES["llama"]
     model: Any = build("torch", case, hot_weights(case, "lm", "float64"))
@@ -198,12 +198,12 @@ def test_canary_a_wrong_cache_and_a_wrong_token_are_seen(monkeypatch):
     right = rollout()
     assert cache_error(model, prompt_batch(), right, how) <= TOLERANCES["decode"].float64
 
-    class LateKeys(decode.Cache):
+    class LateKeys(slots.Cache):
         def update(self, keys, values, layer_idx):
             return super().update(keys.roll(1, dims=2), values, layer_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "Cache", LateKeys)
+        patch.setattr(slots, "Cache", LateKeys)
         assert cache_error(model, prompt_batch(), rollout(), how) > TOLERANCES["decode"].float32
     network = type(model._network)
     forward = network.hidden_states

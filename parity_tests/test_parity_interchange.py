@@ -10,7 +10,9 @@ import pytest
 
 from diptych import cli
 from diptych.parity.compare import tensors
+from diptych.parity.tolerances import TOLERANCES
 from diptych.run.metrics import read_metrics
+from diptych.stages.checkpoints import Checkpoints
 from diptych.weights.huggingface import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -56,16 +58,12 @@ def rows_of(output: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["jax", "torch"])
-def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(engine, tmp_path, monkeypatch):
-    from diptych.stages.checkpoints import Checkpoints
-
-    run(engine, tmp_path / "whole", "checkpoint.every=2")
-
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """Let runs end when a stage has saved its checkpoint of a step."""
     save = Checkpoints.save
 
-    def interrupt_after(stage, step):
+    def at(stage, step):
         def saved_and_gone(checkpoints, done, progress):
             save(checkpoints, done, progress)
             if (checkpoints._stage, done) == (stage, step):
@@ -73,6 +71,13 @@ def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(engine, tmp_
 
         monkeypatch.setattr(Checkpoints, "save", saved_and_gone)
 
+    return at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(engine, tmp_path, interrupt_after):
+    run(engine, tmp_path / "whole", "checkpoint.every=2")
     arguments = ["run", str(ROOT / "recipes/quickstart.yaml"), "--engine", engine]
     arguments += ["--output", str(tmp_path / "parts"), *SMALL, "checkpoint.every=2"]
     interrupt_after("reward", 4)
@@ -90,6 +95,35 @@ def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(engine, tmp_
     for stage in ("sft", "reward", "rl"):
         clean = [{k: v for k, v in s["stages"][stage].items() if k != "seconds"} for s in summaries]
         assert clean[0] == clean[1]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_at_other_zero_stages(tmp_path, interrupt_after):
+    """In the middle, and after the last step of all."""
+    few = ["precision=float64", "checkpoint.every=1", "sft.max_steps=2", "reward.max_steps=2", "rl.iterations=2"]
+    few += [f"{stage}.optimizer.warmup_steps=1" for stage in ("sft", "reward")]
+    run("torch", tmp_path / "whole", *few)
+    arguments = ["run", str(ROOT / "recipes/quickstart.yaml"), "--engine", "torch", "--output", str(tmp_path / "parts")]
+    arguments += [*SMALL, *few]
+    interrupt_after("rl", 1)
+    assert cli.main([*arguments, "layout.zero.stage=3"]) == 130
+    interrupt_after("rl", 2)
+    moved = ["layout.zero.stage=1", "layout.zero_critic.stage=2", "deepspeed={steps_per_print: 1000}"]
+    assert cli.main([*arguments, *moved, "--resume"]) == 130
+    assert cli.main([*arguments, "--resume"]) == 0
+
+    limit = TOLERANCES["layout"].at("float64")
+    parts, whole = (rows_of(tmp_path / name) for name in ("parts", "whole"))
+    assert len(parts) == len(whole)
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert ours.pop("stage") == theirs.pop("stage")
+        assert ours == pytest.approx(theirs, rel=limit, abs=limit)
+    for name in ("sft", "reward", "rl", "rl-critic", "rl-ema"):
+        a, b = (
+            dict(read_checkpoint(tmp_path / part / "models" / name, precision="float64").weights)
+            for part in ("whole", "parts")
+        )
+        assert not tensors(name, a, b, limit=limit)
 
 
 @pytest.mark.slow

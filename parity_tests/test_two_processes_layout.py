@@ -1,4 +1,5 @@
-"""Two processes with four devices each equal one with eight, and their checkpoint goes on elsewhere, says the script.
+"""What the script says: two processes with four devices each equal one with eight (JAX); ZeRO in one process and in two
+equals JAX (torch); and their checkpoints go on elsewhere.
 
 Canaries: one number that is 1e-7 off, one token that differs and a step that is missing are each seen.
 """
@@ -75,10 +76,36 @@ def test_processes_with_other_settings_stop_together_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_torch_engine_is_refused():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--engine", "torch"], capture_output=True, text=True)
+@pytest.mark.slow
+def test_zero_in_two_processes_changes_no_number_and_its_checkpoint_goes_on(tmp_path):
+    """Stage 3 through torchrun, and then at stage 1 in one process; the other stages: test_zero.py."""
+    command = [sys.executable, str(SCRIPT), "--engine", "torch", "--stages", "3", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("tokens of 2 rollouts: equal") == 3
+    assert "DIFFERS" not in done.stdout
+    environment = json.loads((tmp_path / "stage-3-to-1" / "environment.json").read_text())
+    first, later = environment["engine_environment"], environment["later_starts"][-1]["engine_environment"]
+    assert (first["processes"], first["zero/policy"]) == ("2", "stage 3")
+    assert (later["processes"], later["zero/policy"]) == ("1", "stage 1")
+
+    script = load_script()
+    comparison = compare_runs(tmp_path / "stage-3-2", tmp_path / "jax")
+    assert list(script.differences(comparison, limit=0.0))  # canary: they are not the same run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "jax", "--stages", "3"], "--stages: ZeRO is the torch engine's"),
+        (["--engine", "torch", "--stages", "4"], "invalid choice"),
+        (["--engine", "torch", "--stage-3"], "unrecognized arguments: --stage-3"),
+    ],
+)
+def test_the_script_refuses_what_it_does_not_know(arguments, message):
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--engine torch: it trains in one process so far" in done.stderr
+    assert message in done.stderr
 
 
 def load_script():

@@ -31,6 +31,7 @@ from diptych.engine import (
     Completions,
     EngineSettings,
     Loss,
+    Memory,
     Metrics,
     ModelSpec,
     OptimizerSpec,
@@ -64,7 +65,10 @@ from diptych_jax.optimizer import Moments, TrainState
 
 
 def create(settings: EngineSettings) -> JaxEngine:
-    """Start the engine: sets JAX's process-wide precision switches (see the top of the file)."""
+    """Start the engine: sets JAX's process-wide precision switches (see the top of the file). Raises UserError for
+    settings that are another engine's."""
+    if settings.rollout == "deepspeed":
+        raise UserError("rollout.engine=deepspeed needs the torch engine: set native, or auto, for the JAX engine")
     if settings.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if settings.precision == "float64":
@@ -110,6 +114,10 @@ class JaxEngine:
         mesh."""
         self.check_model(read_model(spec.config), spec.role)
         return JaxModel(spec, self.settings, self._meshes[spec.role], self._over, self._attention[spec.role].name)
+
+    def memory(self) -> Memory | None:
+        """Not asked for: `diptych plan` compiles the very programs for the devices before they are there."""
+        return None
 
     def compilations(self) -> int | None:
         """Programs made in this process so far, read back from disk or compiled."""
@@ -388,11 +396,11 @@ class JaxModel:
         self._need_adapter()
         self._replace(self._pack(tensors, "adapter"), self._frozen)
 
-    def ema_weights(self) -> Tensors:
-        """The averaged trained weights. Raises ValueError where `ema_decay` is not set."""
+    def ema_weights(self, names: Sequence[str] | None = None) -> Tensors:
+        """The averaged trained weights (or those of `names`). Raises ValueError where `ema_decay` is not set."""
         if self._state.ema is None:
             raise ValueError("this model keeps no average of its weights: set OptimizerSpec.ema_decay")
-        return weights.unpack_trained(self._state.ema)
+        return weights.unpack_trained(self._state.ema, names)
 
     def optimizer_state(self) -> OptimizerState:
         """Step count and moments by the trained tensors' names, in their layout."""

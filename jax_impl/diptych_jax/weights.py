@@ -190,11 +190,11 @@ def _score_slot(model: Model) -> Slot:
     return model_slots(model.config, "scalar")["score"]
 
 
-def unpack_trained(trained: Model) -> Tensors:
-    """Copies of the trained part's tensors. The inverse of `pack_trained`."""
+def unpack_trained(trained: Model, names: Sequence[str] | None = None) -> Tensors:
+    """Copies of the trained part's tensors (or of `names`). The inverse of `pack_trained`."""
     if trained.adapter is None:
-        return unpack(trained)
+        return unpack(trained, names)
     tensors = adapters.unpack(trained.adapter)
     if trained.head_kind == "scalar":
         tensors[SCORE] = to_host(trained["score"])
-    return tensors
+    return tensors if names is None else {name: tensors[name] for name in names}

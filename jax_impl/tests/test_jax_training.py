@@ -224,6 +224,18 @@ def test_float32_is_float32_whatever_x64_says(tiny_model, adamw, sft, sft_batch)
     _assert_equal(results[0][2], results[1][2])
 
 
+def test_averages_are_given_by_name(tiny_model, adamw, sft, sft_batch):
+    """What an export asks for a part at a time."""
+    model = tiny_model(optimizer=adamw)
+    model.update(sft, sft_batch(), learning_rate=1e-3)
+    whole = model.ema_weights()
+    names = [*whole][3:0:-1]
+    some = model.ema_weights(names)
+    assert list(some) == names
+    _assert_equal(some, {name: whole[name] for name in names})
+    assert any((some[name] != value).any() for name, value in model.weights(names).items())
+
+
 def _named_loss(logprobs):
     return logprobs.sum(), {"grad_norm": logprobs.sum()}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from diptych import __version__, random
-from diptych.engine import ENGINES, EngineSettings, ModelSpec, Sampling, load_engine
+from diptych.engine import ENGINES, EngineSettings, Memory, ModelSpec, Sampling, load_engine
 from diptych.errors import InvariantError, UserError
 
 _RUN_EPILOG = """\
@@ -26,6 +26,8 @@ examples:
       reward.model_path=out/jax/models/sft        (one engine goes on from the other's model)
   diptych run recipes/quickstart.yaml --engine jax --output out/jax --resume
   srun diptych run recipes/quickstart.yaml --engine jax --output out/jax --distributed    (one process per node)
+  torchrun --nproc-per-node 8 --no-python diptych run recipes/quickstart.yaml --engine torch --output out/torch \\
+      --distributed layout.zero.stage=2           (one process per GPU)
 
 A run directory holds recipe.yaml (resolved), environment.json, metrics.jsonl, tensorboard/, samples.jsonl,
 checkpoints/, models/{sft,reward,rl,...} in Hugging Face format, summary.json and report.html.
@@ -37,6 +39,7 @@ examples:
   diptych plan recipes/plans/llama-3-8b-v5p.yaml --topology v5p:2x2x4 --search --html plan.html
   diptych plan recipes/quickstart.yaml --topology cpu:8 layout.train.tensor=2
   diptych plan my.yaml --topology v6e:8x8 --efficiency 0.5 --price 1.9 --gpu h200 --gpus 32 --json plan.json
+  diptych plan my.yaml --engine torch --gpu h200 --gpus 8 layout.zero.stage=3    (memory alone, in a second)
 
 Compiles the very programs that the JAX engine would run (train step, scoring, switch, decoding) for machines that need
 not be there, and prints: does it fit; each device's memory by part and phase; collectives; FLOPs; the roofline of each
@@ -44,6 +47,19 @@ phase, the tokens per second and dollars that follow, and all that was assumed. 
 by ZeRO's arithmetic. Of the models only config.json is read; no weights, data or tokenizer. TPU topologies need
 pip install 'diptych[plan]' (a compiler of about 1 GB), and no TPU. A large model takes minutes. Exit code 2: it does
 not fit, and the part that is too large is named.
+"""
+
+
+_FROM_DSCHAT_EPILOG = """\
+examples:
+  diptych recipe from-dschat -o sft.yaml -- deepspeed --num_gpus 1 training/step1_supervised_finetuning/main.py \\
+      --model_name_or_path facebook/opt-1.3b --gradient_accumulation_steps 8 --lora_dim 128
+  diptych recipe from-dschat --gpus 8 --prompts 30500 --into sft.yaml -o all.yaml -- \\
+      deepspeed main.py --actor_model_name_or_path out/sft --critic_model_name_or_path out/reward --actor_zero_stage 2
+
+Everything after `--` is the command line, as words or as one quoted text (quote it where it redirects its output, or
+the shell will redirect this command's). The recipe goes to stdout or FILE; what became of each flag is told on stderr
+and in the recipe's first lines. docs/deepspeed_chat.md has the whole table.
 """
 
 
@@ -76,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="diptych", description="One RLHF recipe, two engines (PyTorch + DeepSpeed, JAX), the same numbers."
     )
     parser.add_argument("--version", action="version", version=f"diptych {__version__}")
+    # The deepspeed launcher puts it before everything else; it also sets LOCAL_RANK, which is what the engine reads.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
 
@@ -95,8 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of several processes that were started with this same command, on one host or many; Slurm, "
-        "TPU slices and GKE are recognised, elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID",
+        help="this is one of several processes that were started with this same command, on one host or many. torch: "
+        "by torchrun, deepspeed, srun or mpirun; jax: Slurm, TPU slices and GKE are recognised, elsewhere set "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (docs/clusters.md)",
     )
     run.set_defaults(command=_run)
 
@@ -136,6 +155,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     schema.set_defaults(command=_recipe_schema)
+    dschat = actions.add_parser(
+        "from-dschat",
+        help="write the recipe that does what a DeepSpeed-Chat command line does",
+        usage="diptych recipe from-dschat [-o FILE] [--step N] [--gpus N] [--prompts N] [--into RECIPE] -- COMMAND",
+        epilog=_FROM_DSCHAT_EPILOG,
+        formatter_class=raw,
+    )
+    dschat.add_argument("-o", "--output", type=Path, help="write the recipe here (default: stdout)")
+    dschat.add_argument("--step", type=int, choices=[1, 2, 3], help="where neither flags nor main.py's path tell it")
+    dschat.add_argument("--gpus", type=int, help="on how many it ran, where the command does not say (all nodes' sum)")
+    dschat.add_argument("--prompts", type=int, help="how many prompts step 3 has: rl.iterations follows")
+    dschat.add_argument("--into", type=Path, metavar="RECIPE", help="add the step to what this recipe holds")
+    dschat.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command line")
+    dschat.set_defaults(command=_recipe_from_dschat)
 
     compare = commands.add_parser("compare", help="two runs of one recipe side by side: numbers and differences")
     compare.add_argument("a", type=Path, help="a run directory")
@@ -154,19 +187,27 @@ def _add_plan_command(commands: argparse._SubParsersAction) -> None:
     plan = commands.add_parser(
         "plan",
         help="what a recipe needs of a machine before it is rented: memory, time, money",
-        usage="diptych plan RECIPE --topology CHIP:GRID [--search] [--json FILE] [--html FILE] [...] [key=value ...]",
+        usage="diptych plan RECIPE --topology CHIP:GRID [--search] [--json FILE] [--html FILE] [...] [key=value ...]\n"
+        "       diptych plan RECIPE --engine torch --gpus N [--gpu GPU] [--host-memory GIB] [key=value ...]",
         epilog=_PLAN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan.add_argument("recipe", type=Path, help="a YAML recipe")
+    plan.add_argument("--topology", help="v5e:16x16, v6e:8x8 (a grid of chips), v5p:2x2x4 (a cube), or cpu:8")
     plan.add_argument(
-        "--topology", required=True, help="v5e:16x16, v6e:8x8 (a grid of chips), v5p:2x2x4 (a cube), or cpu:8"
+        "--engine",
+        choices=list(ENGINES),
+        default="jax",
+        help="torch: memory alone, as `diptych run` counts it at start",
     )
     plan.add_argument("--search", action="store_true", help="look for the best meshes and micro-batch that fit")
     plan.add_argument("--efficiency", type=float, default=1.0, help="share of every peak that is reached (default: 1)")
     plan.add_argument("--price", type=float, help="dollars per chip and hour (default: list price)")
     plan.add_argument("--gpu", default="h100", help="for DeepSpeed's side: a100, h100 (default) or h200")
     plan.add_argument("--gpus", type=int, help="how many (default: as many as there are chips)")
+    plan.add_argument(
+        "--host-memory", type=float, help="--engine torch: GiB of host memory for each GPU (default: not looked at)"
+    )
     plan.add_argument("--gpu-price", type=float, help="dollars per GPU and hour (default: a typical price)")
     plan.add_argument("--json", type=Path, help="also write everything as JSON")
     plan.add_argument("--html", type=Path, help="also write a self-contained page with the pictures")
@@ -288,6 +329,12 @@ def _plan(options: argparse.Namespace) -> int:
         raise UserError(f"--efficiency {options.efficiency}: a share of the peak above 0 and up to 1")
     if options.gpus is not None and options.gpus < 1:
         raise UserError(f"--gpus {options.gpus}: at least 1")
+    if options.engine == "torch":
+        return _plan_launch(options)
+    if options.topology is None:
+        raise UserError("--topology: name the machine, like v5e:16x16 or cpu:8; or give --engine torch and --gpus")
+    if options.host_memory is not None:
+        raise UserError("--host-memory has no effect without --engine torch")
     recipe = load_recipe(options.recipe, options.overrides)
     chosen = Options(
         efficiency=options.efficiency,
@@ -306,10 +353,51 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if plan.fits else 2
 
 
+def _plan_launch(options: argparse.Namespace) -> int:
+    from diptych.plan.hardware import read_gpu
+    from diptych.plan.launch import check_launch, describe_launch, plan_launch
+    from diptych.recipe.load import load_recipe
+
+    idle = [name for name in ("topology", "search", "price", "gpu_price", "json", "html") if getattr(options, name)]
+    if idle or options.efficiency != 1:
+        name = (idle or ["efficiency"])[0].replace("_", "-")
+        raise UserError(f"--{name} has no effect with --engine torch, which counts memory alone")
+    host = None if options.host_memory is None else int(options.host_memory * 2**30)
+    memory = Memory(device=int(read_gpu(options.gpu).memory), host=host)
+    recipe = load_recipe(options.recipe, options.overrides)
+    launch = plan_launch(recipe, recipe.stages, num_processes=options.gpus or 1, memory=memory)
+    print(describe_launch(launch))
+    check_launch(launch)
+    return 0
+
+
 def _recipe_show(options: argparse.Namespace) -> int:
     from diptych.recipe.load import dump_recipe, load_recipe
 
     print(dump_recipe(load_recipe(options.recipe, options.overrides)), end="")
+    return 0
+
+
+def _recipe_from_dschat(options: argparse.Namespace) -> int:
+    from diptych.recipe.dschat.account import write
+    from diptych.recipe.dschat.command import read_command
+    from diptych.recipe.dschat.convert import convert
+
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    made = convert(read_command(words, step=options.step), gpus=options.gpus, prompts=options.prompts)
+    try:
+        into = None if options.into is None else options.into.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--into {options.into}: cannot be read: {error}") from None
+    text, account = write(made, into=into, name=str(options.into))
+    print("\n".join(account), file=sys.stderr)
+    if options.output is None:
+        print(text, end="")
+    else:
+        try:
+            options.output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {options.output}: cannot be written: {error.strerror}") from None
     return 0
 
 

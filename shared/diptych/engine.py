@@ -89,7 +89,8 @@ class Loss:
     `logprobs` [batch, time] (reads="logprobs"; computed at `temperature`) or `scores` [batch, time] (reads="scores").
     It returns `(loss, metrics)`, both already divided by global denominators: their sums over micro-batches are the
     values of the step (a metric whose name ends in `_max` is combined by maximum instead). A function that reads
-    logprobs also receives `entropy` [batch, time] (no gradient) when `entropy` is True.
+    logprobs also receives `entropy` [batch, time] (no gradient) when `entropy` is True. group: neighbouring rows that
+    the function compares with each other (pairs: 2) and must see in one call; micro-batches are made of whole groups.
     """
 
     function: Callable[..., tuple[Array, dict[str, Array]]]
@@ -98,6 +99,7 @@ class Loss:
     temperature: float = 1.0
     entropy: bool = False
     balance: float = 0.0
+    group: int = 1
 
     def __call__(self, outputs: Array, **inputs: Array) -> tuple[Array, dict[str, Array]]:
         return self.function(outputs, **inputs, **dict(self.options))
@@ -237,20 +239,22 @@ class OptimizerState:
 class EngineSettings:
     """What an engine needs to know before its first model.
 
-    zero_stage: read by the torch engine only. device: "cpu" keeps the engine off every accelerator; "auto" takes the
-    best that is there. remat: read by the JAX engine only: which activations the backward pass makes again: all
-    ("full"), all but the results of matrix products ("dots"), or none. layout: read by the JAX engine only: meshes, the
-    switch between them, and who waits in host memory. attention: which implementation the JAX engine runs.
-    distributed: this is one of several processes that were started together (`diptych run --distributed`).
+    device: "cpu" keeps the engine off every accelerator; "auto" takes the best that is there. remat: which activations
+    the backward pass makes again: all ("full"), all but the results of matrix products ("dots"), or none. layout:
+    meshes (JAX), ZeRO (torch), the switch to the decode copy, and who waits in host memory. attention: which
+    implementation the JAX engine runs. distributed: this is one of several processes that were started together
+    (`diptych run --distributed`). rollout: what generates: "auto", "native", "deepspeed", or the target of a server,
+    which the hinge calls. deepspeed: further settings of DeepSpeed's configuration, read by the torch engine only.
     """
 
     precision: Precision
-    zero_stage: int = 0
     device: Literal["auto", "cpu"] = "auto"
     remat: Remat = "full"
     layout: Layout = field(default_factory=Layout)
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     distributed: bool = False
+    rollout: str = "auto"
+    deepspeed: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @runtime_checkable
@@ -319,8 +323,8 @@ class Model(Protocol):
         """Replace them; the model below, the optimizer state and the average stay."""
         ...
 
-    def ema_weights(self) -> Tensors:
-        """The averaged weights (only where `ema_decay` is set)."""
+    def ema_weights(self, names: Sequence[str] | None = None) -> Tensors:
+        """The averaged trained weights, as `weights` gives the weights (only where `ema_decay` is set)."""
         ...
 
     def optimizer_state(self) -> OptimizerState: ...
@@ -337,6 +341,15 @@ class Model(Protocol):
     def load_checkpoint(self, directory: Path) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that each process may fill, the least over all processes. device: on its accelerator; None on a CPU, whose
+    models lie in host memory. host: its share of the host's free memory; None: not known."""
+
+    device: int | None
+    host: int | None
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Everything that touches an accelerator."""
@@ -351,6 +364,11 @@ class Engine(Protocol):
         ...
 
     def model(self, spec: ModelSpec) -> Model: ...
+
+    def memory(self) -> Memory | None:
+        """What each process may fill before its first model; None where `diptych plan` is what counts (JAX).
+        Collective."""
+        ...
 
     def compilations(self) -> int | None:
         """Programs compiled in this process so far; None where the engine does not compile."""

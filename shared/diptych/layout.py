@@ -54,11 +54,21 @@ class MeshShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Zero:
+    """How DeepSpeed partitions a model over the processes (Rajbhandari et al. 2020), and what waits in host memory."""
+
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_param: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The meshes of every role and phase, as wanted (`resolve` fills in -1), and how weights move between them.
 
     critic, reference, reward: None: as `train`. offload: roles that wait in host memory between uses. switch_chunk:
-    bytes that the switch moves at a time; None: all. switch_check: what is compared after each.
+    bytes that the switch moves at a time; None: all. switch_check: what is compared after each. zero, zero_critic,
+    zero_reference, zero_reward: the torch engine's (`zero_of`).
     """
 
     train: MeshShape = field(default_factory=lambda: MeshShape(fsdp=-1))
@@ -69,6 +79,20 @@ class Layout:
     offload: tuple[str, ...] = ()
     switch_chunk: int | None = None
     switch_check: Literal["fingerprint", "logprobs"] = "fingerprint"
+    zero: Zero = field(default_factory=Zero)
+    zero_critic: Zero | None = None
+    zero_reference: Zero | None = None
+    zero_reward: Zero | None = None
+
+    def zero_of(self, role: str, *, is_trained: bool) -> Zero:
+        """ZeRO of a model of this role. A frozen one without settings of its own is split only where all else is."""
+        if role == "critic":
+            return self.zero_critic or self.zero
+        if is_trained:
+            return self.zero
+        split = Zero(stage=3, offload_param=self.zero.offload_param)
+        default = self.zero_reference or (split if self.zero.stage == 3 else Zero())
+        return (self.zero_reward or default) if role == "reward" else default
 
     def of(self, role: str) -> MeshShape:
         """The mesh on which a role is trained or scores."""

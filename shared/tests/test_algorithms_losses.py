@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 
 from diptych.algorithms import losses
+from diptych.algorithms.importance import importance_metrics, importance_weights
 
 FRAMEWORKS = ("numpy", "jax", "torch")
 VALUE_TOLERANCE = {np.float64: 1e-12, np.float32: 1e-6}  # absolute and relative
@@ -41,12 +42,15 @@ def make_case(name, dtype=np.float64, rows=6, time=9):
     mask = ragged(rng, rows, time)
     if name == "sft":
         return losses.sft_loss, normal() - 2, {"mask": mask}, {}, "num_tokens"
-    if name == "policy":
+    if name.startswith("policy"):
         logprobs = normal(0.5) - 2
         old = logprobs + normal(0.3)
         old[1, 3:6] = logprobs[1, 3:6]  # ratio exactly 1
         mask[1, 3:6] = True
         arrays = {"entropy": abs(normal()), "old_logprobs": old, "advantages": normal(), "mask": mask.astype(dtype)}
+        if name == "policy, weighted":  # of truncated importance sampling; nothing is said about slots outside the mask
+            weights = importance_weights(logprobs, logprobs - normal(), np.ones_like(mask), cap=1.5)
+            arrays["weights"] = np.where(mask, weights, np.nan).astype(dtype)
         return losses.ppo_policy_loss, logprobs, arrays, {"clip_range": 0.2}, "num_tokens"
     if name == "value":
         # The critic reads longer rows than the policy; states share columns (gradients add up), and some have none.
@@ -67,7 +71,7 @@ def make_case(name, dtype=np.float64, rows=6, time=9):
     return losses.dschat_reward_loss, scores, arrays, {"center_coef": 0.03}, "num_pairs"
 
 
-CASES = ("sft", "policy", "value", "pairwise", "dschat")
+CASES = ("sft", "policy", "policy, weighted", "value", "pairwise", "dschat")
 
 
 def denominator(name, arrays):
@@ -83,7 +87,7 @@ def sft_oracle(x, *, mask, num_tokens):
     return total, {"loss/nll": total}
 
 
-def policy_oracle(x, *, entropy, old_logprobs, advantages, mask, clip_range, num_tokens):
+def policy_oracle(x, *, entropy, old_logprobs, advantages, mask, clip_range, num_tokens, weights=None):
     keys = ("loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/clamped_avg", "policy/entropy_avg")
     out = dict.fromkeys((*keys, "val/ratio", "val/ratio_excess_square", "policy/ratio_deviation_max"), 0.0)
     for b, t in slots(mask):
@@ -91,7 +95,8 @@ def policy_oracle(x, *, entropy, old_logprobs, advantages, mask, clip_range, num
         ratio = math.exp(min(max(log_ratio, -20.0), 20.0))
         advantage = advantages[b][t]
         first, second = -advantage * ratio, -advantage * min(max(ratio, 1 - clip_range), 1 + clip_range)
-        out["loss/policy_avg"] += max(first, second) / num_tokens
+        weight = 1 if weights is None else weights[b][t]
+        out["loss/policy_avg"] += weight * max(first, second) / num_tokens
         out["policy/approxkl_avg"] += 0.5 * log_ratio**2 / num_tokens
         out["policy/clipfrac_avg"] += (second > first) / num_tokens
         out["policy/clamped_avg"] += (abs(log_ratio) > 20) / num_tokens
@@ -139,6 +144,7 @@ def slots(mask):
 ORACLES = {
     "sft": sft_oracle,
     "policy": policy_oracle,
+    "policy, weighted": policy_oracle,
     "value": value_oracle,
     "pairwise": pairwise_oracle,
     "dschat": pairwise_oracle,
@@ -249,6 +255,15 @@ def mean_over_everything(logprobs, *, mask, num_tokens):
     return loss, {"loss/nll": loss}
 
 
+def weights_forgotten(logprobs, *, weights, **arrays):
+    return losses.ppo_policy_loss(logprobs, **arrays)
+
+
+def weights_in_the_denominator(logprobs, *, weights, mask, num_tokens, **arrays):
+    total = np.nansum(np.where(mask, weights, 0))
+    return losses.ppo_policy_loss(logprobs, weights=weights, mask=mask, num_tokens=total, **arrays)
+
+
 def no_value_clip(scores, *, value_clip_range, **arrays):
     return losses.ppo_value_loss(scores, value_clip_range=1e9, **arrays)
 
@@ -278,6 +293,8 @@ CANARIES = {
     "sft: mean over every slot": ("sft", mean_over_everything, {}),
     "sft: one token too many in the denominator": ("sft", None, {"num_tokens": 40.0}),
     "policy: clip 0.3 for 0.2": ("policy", None, {"clip_range": 0.3}),
+    "policy: weights forgotten": ("policy, weighted", weights_forgotten, {}),
+    "policy: divided by the sum of weights": ("policy, weighted", weights_in_the_denominator, {}),
     "value: clip 0.3 for 0.2": ("value", None, {"value_clip_range": 0.3}),
     "value: no clip": ("value", no_value_clip, {}),
     "value: column off by one": ("value", column_off_by_one, {}),
@@ -487,3 +504,36 @@ def test_canary_shape_annotations():
     checked = jaxtyped(typechecker=beartype)(losses.sft_loss)
     with pytest.raises(TypeError):
         checked(np.zeros((2, 3)), mask=np.zeros((2, 4)), num_tokens=1.0)
+
+
+# --- truncated importance sampling -----------------------------------------------------------------------------------
+
+# By hand: p / q = 2, 1/2, 4, 1 and one slot outside the mask; cap 2.
+TRAINER = np.log(np.array([[0.4, 0.1, 0.8], [0.3, 0.9, 0.5]]))
+SAMPLER = np.log(np.array([[0.2, 0.2, 0.2], [0.3, 1e-9, 0.5]]))
+LIVE = np.array([[True, True, True], [True, False, True]])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_importance_weights_by_hand(dtype):
+    weights = importance_weights(TRAINER.astype(dtype), SAMPLER.astype(dtype), LIVE, cap=2.5)
+    assert weights.dtype == dtype
+    assert_close(weights, np.array([[2, 0.5, 2.5], [1, 0, 1]]), VALUE_TOLERANCE[dtype])
+    found = importance_metrics(weights, LIVE, cap=2.5)
+    by_hand = {
+        "importance/weight_mean": 7 / 5,
+        "importance/weight_max": 2.5,
+        "importance/truncated": 1 / 5,
+        "importance/effective_sample_size": 7**2 / (5 * (4 + 0.25 + 6.25 + 1 + 1)),
+    }
+    assert_metrics(found, by_hand, VALUE_TOLERANCE[dtype])
+
+
+def test_importance_weights_cannot_overflow_and_ignore_what_is_masked():
+    trainer = np.array([[-1.0, np.nan, -1.0]], np.float32)
+    weights = importance_weights(trainer, np.array([[-1e5, -1.0, 1e5]], np.float32), LIVE[1:], cap=3.0)
+    np.testing.assert_array_equal(weights, np.array([[3, 0, 0]], np.float32))
+    # Where sampler and trainer agree the weights are 1, and the cap is not felt.
+    equal = importance_weights(TRAINER, TRAINER, LIVE, cap=1.5)
+    assert importance_metrics(equal, LIVE, cap=1.5)["importance/effective_sample_size"] == 1
+    assert importance_metrics(equal, LIVE, cap=1.5)["importance/truncated"] == 0

@@ -51,6 +51,7 @@ def test_the_commands_are_found():
         (command,) = [one for one in found[launcher.name] if one[0] == "run"]
         assert {"--distributed", "--resume", "--engine", "--output"} <= set(command), launcher.name
     assert ["plan", "my.yaml", "--topology", "v5e:4x4"] in found["clusters.md"]
+    assert sum("torch" in command for command in found["clusters.md"]) >= 4
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,43 @@ def test_the_tpu_script_keeps_words_together(tmp_path):
         "run", "my recipe.yaml", "--engine", "jax", "--output", "/shared/o", "--distributed", "--resume",
         "rl.adapter={rank: 8}",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("job", "hosts", "address"),
+    [("7", "gpu-3\ngpu-4\n", "gpu-3:20007"), ("1234567", "gpu-9\n", "gpu-9:34567")],
+    ids=["two nodes", "one node"],
+)
+def test_slurm_tells_torchs_processes_where_the_first_one_is(tmp_path, job, hosts, address):
+    """What srun is called with, and the variables that the torch engine reads in each of its tasks."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n[[ $* == 'show hostnames gpu-[3-9]' ]] && printf '{hosts}'\n")
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$MASTER_ADDR:$MASTER_PORT" "${http_proxy-}" "$@"\n')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "gpu-[3-9]", "SLURM_JOB_ID": job, "http_proxy": "http://p",
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "scripts/slurm_torch.sbatch"), "my recipe.yaml", "/shared/o", "rl.adapter={rank: 8}"]
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        address, "", "--label", "--kill-on-bad-exit=1", "--gpu-bind=none", "diptych", "run", "my recipe.yaml",
+        "--engine", "torch", "--output", "/shared/o", "--distributed", "--resume", "rl.adapter={rank: 8}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sbatch")), ids=lambda path: path.name)
+def test_slurm_gives_every_gpu_a_process_that_drives_it(path):
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", path.read_text(encoding="utf-8"), flags=re.M))
+    assert (
+        asked["ntasks-per-node"] == {"slurm_jax.sbatch": "1", "slurm_torch.sbatch": asked["gpus-per-node"]}[path.name]
+    )
+
+
+def test_the_deepspeed_launcher_may_say_which_process_this_is():
+    """It puts --local_rank before everything else."""
+    options = _parser().parse_args(["--local_rank=3", "run", "a.yaml", "--engine", "torch", "--distributed"])
+    assert options.distributed
+    assert "local_rank" not in _parser().format_help()
 
 
 def test_the_jobset_has_a_pod_for_every_host():

@@ -18,6 +18,7 @@ from diptych.recipe.schema import (
     RLRecipe,
     SFTRecipe,
     Source,
+    ZeroRecipe,
 )
 
 NEW = NewModel(
@@ -59,13 +60,14 @@ def configured(**fields):
     return {"model__new": NewModel(vocab_size=512, config=GPT2 | fields)}
 
 
+SERVED = {"rollout__engine": "server.py:make", "stages": ("rl",), "rl__reward__function": "a.py:b"}
+
 # changes -> the key named first, a piece of the message
 BROKEN = {
     "empty name": ({"name": " "}, "name", "is empty"),
     "no stages": ({"stages": ()}, "stages", "is empty"),
     "stage twice": ({"stages": ("sft", "sft")}, "stages", "twice"),
     "stages out of order": ({"stages": ("rl", "sft")}, "stages", "write [sft, rl]"),
-    "float64 with ZeRO": ({"precision": "float64", "layout__zero__stage": 1}, "layout.zero.stage", "float64"),
     "two models": ({"model__path": "x"}, "model.new", "set together with 'model.path'"),
     "no model": ({"model__new": None}, "model.path", "the sft stage needs a model"),
     "no model for rl": (
@@ -199,6 +201,52 @@ BROKEN = {
     "malformed function": ({"rl__reward__function": "score"}, "rl.reward.function", "FILE.py:NAME or MODULE:NAME"),
     "malformed evaluation": ({"rl__evaluation_function": "a.py:"}, "rl.evaluation_function", "FILE.py:NAME"),
     "greedy rl": ({"rollout__temperature": 0.0}, "rollout.temperature", "greedy"),
+    "unknown rollout engine": (
+        {"rollout__engine": "vllm"},
+        "rollout.engine",
+        "'vllm' is none of auto, native, deepspeed, nor FILE.py:NAME or MODULE:NAME",
+    ),
+    "malformed rollout server": ({"rollout__engine": "server.py:"}, "rollout.engine", "which names a server"),
+    "decode rows of a server": (
+        {**SERVED, "rollout__decode_rows": 4},
+        "rollout.decode_rows",
+        "no effect with a server in 'rollout.engine'",
+    ),
+    "switch check of a server": (
+        {**SERVED, "layout__switch__check": "logprobs"},
+        "layout.switch.check",
+        "nothing here has a decode copy",
+    ),
+    "a frozen model's optimizer": (
+        {"layout__zero_reference": ZeroRecipe(stage=2)},
+        "layout.zero_reference.stage",
+        "a frozen model has none",
+    ),
+    "offload of a frozen model's optimizer": (
+        {"layout__zero_reward": ZeroRecipe(stage=3, offload_optimizer="cpu")},
+        "layout.zero_reward.offload_optimizer",
+        "has no effect on a frozen model",
+    ),
+    "offload at stage 0": (
+        {"layout__zero__offload_optimizer": "cpu"},
+        "layout.zero.offload_optimizer",
+        "needs stage 1 or above",
+    ),
+    "offload of whole parameters": (
+        {"layout__zero": ZeroRecipe(stage=2, offload_param="cpu")},
+        "layout.zero.offload_param",
+        "needs stage 3",
+    ),
+    "a critic's ZeRO without rl": (
+        {"stages": ("sft",), "layout__zero_critic": ZeroRecipe(stage=1)},
+        "layout.zero_critic",
+        "without the rl stage",
+    ),
+    "a reward function's ZeRO": (
+        {"rl__reward__function": "a:b", "layout__zero_reward": ZeroRecipe(stage=3)},
+        "layout.zero_reward",
+        "no model",
+    ),
 }
 
 
@@ -227,6 +275,12 @@ ALLOWED = {
     },
     "a new rnn": new(nonlinearity="relu", tie_word_embeddings=False),
     "a new model of any family": configured(),
+    "a rollout server": SERVED,
+    "a rollout server, and answers that sft samples": {
+        "rollout__engine": "a:b",
+        "rollout__decode_rows": 4,
+        "layout__switch__check": "logprobs",
+    },
     "greedy without rl": {"rollout__temperature": 0.0, "stages": ("sft",)},
     "function without reward stage": {"stages": ("sft", "rl"), "rl__reward__function": "a.py:b"},
     "reward model from outside": {"stages": ("sft", "rl"), "rl__reward__model_path": "x"},

@@ -8,7 +8,7 @@ import pytest
 
 from diptych.errors import InvariantError, UserError
 from diptych.recipe.load import parse_recipe
-from diptych.recipe.schema import LayoutRecipe, Recipe, SFTRecipe, TrainMeshRecipe, ZeroRecipe
+from diptych.recipe.schema import LayoutRecipe, Recipe, RolloutRecipe, SFTRecipe, TrainMeshRecipe, ZeroRecipe
 from diptych.run import directory
 from diptych.run.directory import RunDirectory, read_samples, write_json, write_text
 
@@ -94,19 +94,40 @@ def test_another_run_is_refused_by_its_first_difference(tmp_path, case, resume):
     assert {name: (run.path / name).read_bytes() for name in names(run.path)} == before
 
 
-def test_a_run_goes_on_with_another_layout_which_is_noted(tmp_path):
+MOVES = {
+    "meshes": (
+        {"layout": LayoutRecipe(train=TrainMeshRecipe(fsdp=4, tensor=2))},
+        {"layout.train.fsdp": 4, "layout.train.tensor": 2},
+    ),
+    "ZeRO": (
+        {"layout": LayoutRecipe(zero=ZeroRecipe(stage=3, offload_param="cpu"))},
+        {"layout.zero.stage": 3, "layout.zero.offload_param": "cpu"},
+    ),
+    "the critic's ZeRO": (
+        {"layout": LayoutRecipe(zero_critic=ZeroRecipe(stage=1))},
+        {"layout.zero_critic.stage": 1, "layout.zero_critic.offload_optimizer": "none",
+         "layout.zero_critic.offload_param": "none"},
+    ),
+    "DeepSpeed's settings": ({"deepspeed": {"steps_per_print": 5}}, {"deepspeed": {"steps_per_print": 5}}),
+    "what generates": (
+        {"rollout": RolloutRecipe(engine="native", gate=False)}, {"rollout.engine": "native", "rollout.gate": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_a_run_goes_on_with_another_layout_which_is_noted(tmp_path, case):
+    changes, noted = MOVES[case]
     create(tmp_path / "out")
-    moved = dataclasses.replace(RECIPE, layout=LayoutRecipe(train=TrainMeshRecipe(fsdp=4, tensor=2)))
-    run = create(tmp_path / "out", moved, resume=True)
+    run = create(tmp_path / "out", dataclasses.replace(RECIPE, **changes), resume=True)
     later = json.loads((run.path / "environment.json").read_text())["later_starts"][-1]
-    assert {key: value for key, value in later.items() if key.startswith("layout.")} == {
-        "layout.train.fsdp": 4,
-        "layout.train.tensor": 2,
-    }
-    with pytest.raises(UserError, match=r"its 'layout.zero.stage' is 0, this recipe's is 2"):
-        create(
-            tmp_path / "out", dataclasses.replace(RECIPE, layout=LayoutRecipe(zero=ZeroRecipe(stage=2))), resume=True
-        )
+    assert {key: value for key, value in later.items() if key.startswith(("layout", "deepspeed", "rollout"))} == noted
+
+
+def test_what_only_looks_like_a_layout_is_another_run(tmp_path):
+    create(tmp_path / "out")
+    other = dataclasses.replace(RECIPE, rollout=RolloutRecipe(engine="native", temperature=0.5))
+    with pytest.raises(UserError, match=r"its 'rollout.temperature' is 1.0, this recipe's is 0.5"):
+        create(tmp_path / "out", other, resume=True)
 
 
 def test_damaged_records_are_named(tmp_path):

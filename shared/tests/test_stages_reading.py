@@ -90,11 +90,11 @@ class NumpyModel(Model):
     def rollout_metrics(self):
         return {}
 
-    def weights(self):
-        return dict(self.spec.weights)
+    def weights(self, names=None):
+        return {name: self.spec.weights[name] for name in names or self.spec.weights}
 
-    def ema_weights(self):
-        return dict(self.spec.weights)
+    def ema_weights(self, names=None):
+        return self.weights(names)
 
     def save_checkpoint(self, directory):
         (directory / "shift.json").write_text(json.dumps(self.shift))
@@ -115,6 +115,9 @@ class NumpyEngine:
         pass
 
     def compilations(self):
+        return None
+
+    def memory(self):
         return None
 
     def model(self, spec) -> Model:
@@ -170,7 +173,7 @@ def models(tmp_path_factory):
 SETTINGS = [
     "model.new=null", "data.demonstrations.limit=60", "data.preferences.limit=40", "data.prompts.limit=40",
     "data.max_prompt_tokens=96", "data.max_response_tokens=160", "data.buckets=[64,128,256]",
-    "rollout.max_new_tokens=24",
+    "rollout.max_new_tokens=24", "rollout.gate=false",
     "rl.evaluation_function=null", "reward.batch_size=8", "reward.micro_batch_size=8", "reward.max_steps=2",
     "reward.optimizer.warmup_steps=0", "rl.iterations=3", "rl.batch_size=8", "rl.mini_batches=2",
     "rl.micro_batch_size=4", "rl.eval_every=2", "rl.eval_prompts=4", "rl.max_kl=null", "checkpoint.every=1",

@@ -13,10 +13,12 @@ from diptych import world as module
 from diptych.errors import InvariantError, UserError
 from diptych.world import SINGLE, World
 
+WAIT = 20.0  # seconds for the others, before a process gives up
+
 
 def in_all(work, count=3):
     """What `work(world)` gives in each of `count` processes; an error is a result too."""
-    barrier, slots = threading.Barrier(count, timeout=20), [None] * count
+    barrier, slots = threading.Barrier(count, timeout=WAIT), [None] * count
 
     def gather_for(index):
         def gather(message):

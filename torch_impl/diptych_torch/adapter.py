@@ -7,9 +7,10 @@ trained stays beside the base in training and scoring; decoding reads a merged c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diptych.engine import AdapterSpec
@@ -88,15 +89,22 @@ def disabled(transformer: Any) -> Iterator[None]:
             parameter.requires_grad_(is_needed)
 
 
-def merge(
-    model: ModelConfig, spec: AdapterSpec, weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """W + alpha / rank B A for adapted weights, as new tensors; the others as they are. weights: by plain name."""
-    merged = dict(weights)
-    for layer in range(model.num_layers):
-        for one in adapter_rules(model, spec):
-            name = one.rule.name.format(layer=layer)
-            a, b = (adapter[part] for part in one.names(layer))
-            delta = (b @ a) * spec.scale
-            merged[name] = weights[name] + (delta.T if one.transposed else delta)
+def merger(model: ModelConfig, spec: AdapterSpec, adapter: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
+    """(name, weight) -> W + alpha / rank B A as a new tensor for an adapted weight, by its plain name; any other as it
+    is."""
+    adapted = {
+        one.rule.name.format(layer=layer): (*one.names(layer), one.transposed)
+        for layer in range(model.num_layers)
+        for one in adapter_rules(model, spec)
+    }
+
+    def merged(name: str, weight: Tensor) -> Tensor:
+        if name not in adapted:
+            return weight
+        a, b, is_transposed = adapted[name]
+        # Upcast: the sum, which is rounded once.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        delta = (adapter[b].to(wide) @ adapter[a].to(wide)) * spec.scale
+        return (weight + (delta.T if is_transposed else delta)).to(weight.dtype)
+
     return merged

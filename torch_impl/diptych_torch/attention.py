@@ -8,6 +8,7 @@ Dimensions: B batch, Q queries (the last Q of S columns), S keys, N query heads,
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,13 @@ def alibi(
     transformers adds slope * position of key, which the softmax makes the same thing; its rounding grows with the
     position, ours with the distance.
     """
-    slopes = torch.tensor(np.array(alibi_slopes(num_heads)), device=keys.device).to(dtype)
+    slopes = _slopes(num_heads, dtype, keys.device)
     distance = (keys[:, None, :] - queries[:, :, None]).to(dtype)
     return (slopes[:, None, None] * distance[:, None]).flatten(0, 1)
+
+
+@cache
+def _slopes(num_heads: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " N"]:
+    """Kept on the device: a captured decode step brings nothing there."""
+    with torch.inference_mode(False):  # training reads them too
+        return torch.tensor(np.array(alibi_slopes(num_heads)), device=device).to(dtype)

@@ -1,72 +1,38 @@
-"""Rollouts: prefill the left-padded prompts, then one token a step, until every row has ended.
+"""Rollouts: prefill the left-padded prompts, then one token a step for every row, until all have ended.
 
-The trunk is the training forward's (`Network.hidden_states`); only the cache is new to it. It is allocated once,
-written in place, and hands out the filled part. A recurrent model has its state instead.
+The trunk is the training forward's (`Network.hidden_states`); only the cache is new to it. Prompts wait in a queue and
+are decoded in *slots*, as many rows as run at once. A row that has ended leaves its slot, and as soon as enough are
+free the next prompts are prefilled together and take them. A slot's column, padding and uniforms are its row's own: no
+row depends on its slot, its neighbours or the order.
 
-Dimensions: B rows, P prompt columns, N new columns, K key-value heads, H head size.
+One step (`Slots.advance`) is a fixed program on tensors that stay where they are: rows that have ended write nothing,
+and the host is not asked. On CUDA it is captured into a graph, one for each of a few prefixes of the cache, and
+replayed; the host looks every few steps which rows run. On the CPU, where looking is free, it runs as it is and reads
+just the filled prefix.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diptych.engine import Completions, Finish, PromptBatch, Sampling
-from diptych.families.decoder import DecoderConfig
 from diptych.families.family import ModelConfig, check_reach
+from diptych_torch.capture import CannotCapture, Capture, CudaGraphs, Step
 from diptych_torch.model import Network, check_token_ids
-from diptych_torch.recurrent import RNNState
-from diptych_torch.sampling import draw
+from diptych_torch.packed import packed_linears
+from diptych_torch.slots import Slots
+
+GROUP = 8  # a refill waits until so many-th a part of the slots can be filled
+STRIDE = 8  # captured steps between two looks at which rows run
+SHORT = 512  # columns of a cache whose parts are not worth a program of their own
 
 
-class Cache:
-    """Keys and values [B, K, columns, H] of every layer, and all positions. `start`: how many columns are filled.
-
-    transformers' attention calls `update` with the keys and values of its new tokens and reads what it returns.
-    """
-
-    def __init__(self, config: DecoderConfig, *, rows: int, columns: int, dtype: torch.dtype, device: torch.device):
-        shape = (rows, config.num_kv_heads, columns, config.head_dim)
-        layers = range(config.num_layers)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.positions = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-        self.start = 0
-
-    def extend(self, positions: Tensor) -> Tensor:
-        """Note the new columns' positions; returns those of all columns."""
-        end = self.start + positions.shape[1]
-        self.positions[:, self.start : end] = positions
-        return self.positions[:, :end]
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Take in a layer's new columns; returns its keys and values so far. The last layer's turn ends the step."""
-        end = self.start + keys.shape[2]
-        self.keys[layer_idx][:, :, self.start : end] = keys
-        self.values[layer_idx][:, :, self.start : end] = values
-        if layer_idx == len(self.keys) - 1:
-            self.start = end
-        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """transformers asks how many columns there are already."""
-        return self.start
-
-
-def new_cache(network: Network, *, rows: int, columns: int, device: torch.device) -> Cache | RNNState:
-    """An empty memory of a network for so many columns: keys and values, or a recurrent model's state."""
-    config = network.config
-    if isinstance(config, DecoderConfig):
-        return Cache(config, rows=rows, columns=columns, dtype=network.dtype, device=device)
-    zeros = torch.zeros(rows, config.hidden_size, dtype=network.dtype, device=device)
-    return RNNState([zeros] * config.num_layers)
-
-
-@torch.inference_mode()
 def generate(
     network: Network,
     prompts: PromptBatch,
@@ -77,80 +43,159 @@ def generate(
     device: torch.device,
     prefill: int | None = None,
 ) -> Completions:
-    """Sample completions (`diptych.engine.Model.generate`), `sampling.decode_rows` rows at a time: the next ones start
-    when all rows of a group have ended. The network is read, never written.
+    """`Decoder.generate` of a decoder that is not kept."""
+    return Decoder(network, device).generate(prompts, sampling, uniforms, pad_token_id=pad_token_id, prefill=prefill)
 
-    prefill: prompt columns that go through the network at once; None: all. It changes nothing but memory.
+
+class Decoder:
+    """Rollouts of one network, and what they keep between them: the slots with their cache, and captured steps.
+
+    A step is captured again when the slots must be made anew, and when the network's weights lie elsewhere than before
+    (their values may change at will). captures: how many there were; recaptures: how many rollouts found the weights
+    moved and their captured steps void.
     """
-    _check(prompts, sampling, uniforms, network.config)
-    size = sampling.decode_rows or len(prompts)
-    groups = []
-    for start in range(0, len(prompts), size):
-        rows = slice(start, start + size)
-        group = PromptBatch(
-            tokens=prompts.tokens[rows], attention=prompts.attention[rows], positions=prompts.positions[rows]
-        )
-        groups.append(
-            _generate(
-                network, group, sampling, uniforms[rows], pad_token_id=pad_token_id, device=device, prefill=prefill
-            )
-        )
-    names = [field.name for field in dataclasses.fields(Completions)]
-    return Completions(**{name: np.concatenate([getattr(group, name) for group in groups]) for name in names})
+
+    def __init__(self, network: Network, device: torch.device, *, capture: Capture | None = None):
+        """capture: what records a step; None: CUDA graphs on CUDA, nothing elsewhere."""
+        self.captures = self.recaptures = 0
+        self._network = network
+        self._device = device
+        self._linears = ""
+        self._plain_because = _obstacle(network) if capture or device.type == "cuda" else f"on {device.type}"
+        if self._plain_because is None and capture is None:
+            capture = CudaGraphs(device)
+        self._capture = capture if self._plain_because is None else None
+        self.free()
+
+    def free(self) -> None:
+        """Let go of the cache and the captured steps; the next rollout makes them anew."""
+        self._steps: dict[tuple[Sampling, int], Step] = {}
+        self._slots: Slots | None = None
+        self._addresses: tuple[int, ...] = ()
+
+    def describe(self) -> str:
+        """One line for the log: how steps run, and why so where there is a faster way."""
+        how = f"{self.captures} steps captured" if self._capture else f"steps not captured: {self._plain_because}"
+        again = f"; weights had moved before {self.recaptures} rollouts" if self.recaptures else ""
+        return f"decode: {how}{again}" + (f"; {self._linears}" if self._linears else "")
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        uniforms: Float[np.ndarray, "batch new"],
+        *,
+        pad_token_id: int,
+        prefill: int | None = None,
+    ) -> Completions:
+        """Sample completions (`diptych.engine.Model.generate`), `sampling.decode_rows` rows at a time. The network is
+        read, never written.
+
+        prefill: prompt columns that go through the network at once; None: all. It changes nothing but memory. Raises
+        ValueError for inputs that break the protocol, and UserError for text that outgrows the model's positions.
+        """
+        _check(prompts, sampling, uniforms, self._network.config)
+        slots = self._slots_for(prompts, sampling)
+        slots.begin(uniforms, sampling.max_new_tokens)
+        stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self._device)
+        width, taken = prompts.tokens.shape[1], 0
+        with packed_linears(self._network, len(slots.running)) as self._linears:
+            while True:
+                running, step = slots.look()
+                free, waiting = np.flatnonzero(~running), len(prompts) - taken
+                if _is_enough(len(free), waiting, len(running)):
+                    free = free[:waiting]
+                    slots.admit(prompts, np.arange(taken, taken + len(free)), free, sampling, stops, prefill)
+                    taken += len(free)
+                elif running.any():
+                    self._advance(slots, sampling, stops, width, step[running])
+                else:
+                    return _completions(slots, len(prompts), sampling, pad_token_id)
+
+    def _slots_for(self, prompts: PromptBatch, sampling: Sampling) -> Slots:
+        """The slots that are there, or where these are too small, new ones. Captured steps that are no longer valid are
+        dropped."""
+        weights = itertools.chain(self._network.parameters(), self._network.buffers())
+        addresses = tuple(weight.data_ptr() for weight in weights)
+        if addresses != self._addresses:
+            self.recaptures += bool(self._steps)
+            self._steps.clear()
+            self._addresses = addresses
+        queued, new = len(prompts), sampling.max_new_tokens
+        size = {
+            "slots": min(sampling.decode_rows or queued, queued),
+            "columns": prompts.tokens.shape[1] + new,
+            "queued": queued,
+            "new": new,
+        }
+        if self._slots is None or not self._slots.hold(**size):
+            self._steps.clear()
+            self._slots = None  # its memory first
+            self._slots = Slots(self._network, **size, device=self._device)
+        return self._slots
+
+    def _advance(
+        self, slots: Slots, sampling: Sampling, stops: Tensor, width: int, step: Int[np.ndarray, " running"]
+    ) -> None:
+        """The next steps, until the host should look again. step: tokens that the rows that run have drawn."""
+        reach = width + int(step.max())
+        if self._capture is not None:
+            num_steps = min(STRIDE, sampling.max_new_tokens - int(step.min()))
+            furthest = min(reach + num_steps - 1, slots.columns)
+            captured = self._captured(slots, sampling, stops, next(p for p in prefixes(slots.columns) if p >= furthest))
+            if captured is not None:
+                for _ in range(num_steps):
+                    captured()
+                return
+        slots.advance(sampling, stops, reach)
+
+    def _captured(self, slots: Slots, sampling: Sampling, stops: Tensor, reach: int) -> Step | None:
+        """The captured step that reads so many columns; None where it turns out that none can be captured."""
+        key = replace(sampling, max_new_tokens=0, decode_rows=None), reach
+        if key not in self._steps and self._capture is not None:
+            try:
+                with slots.at_rest():
+                    self._steps[key] = self._capture(lambda: slots.advance(sampling, stops, reach))
+                self.captures += 1
+            except CannotCapture as reason:
+                self._plain_because, self._capture = str(reason), None
+        return self._steps.get(key)
 
 
-def _generate(
-    network: Network,
-    prompts: PromptBatch,
-    sampling: Sampling,
-    uniforms: Float[np.ndarray, "batch new"],
-    *,
-    pad_token_id: int,
-    device: torch.device,
-    prefill: int | None,
-) -> Completions:
-    """One group of rows, to their ends."""
-    rows, width = prompts.tokens.shape
+def prefixes(columns: int) -> tuple[int, ...]:
+    """How many columns of a cache a captured step may read: quarters of a long one, a short one whole."""
+    parts = (1, 2, 3, 4) if columns >= SHORT else (4,)
+    return tuple(-(-columns * part // 4) for part in parts)
+
+
+def _is_enough(free: int, waiting: int, slots: int) -> bool:
+    """Can three quarters of a group be admitted, or of all that still wait?"""
+    return waiting > 0 and 4 * free >= 3 * min(waiting, max(1, slots // GROUP))
+
+
+def _completions(slots: Slots, queued: int, sampling: Sampling, pad_token_id: int) -> Completions:
+    """What the rows of the queue have drawn."""
     new = sampling.max_new_tokens
-    columns = width + new
-    cache = new_cache(network, rows=rows, columns=columns, device=device)
-    readable = torch.ones(rows, columns, dtype=torch.bool, device=device)
-    readable[:, :width] = torch.tensor(prompts.attention, device=device)
-    noise = torch.tensor(uniforms, device=device)
-    stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
-
-    tokens = torch.full((rows, new), pad_token_id, dtype=torch.int64, device=device)
-    mask = torch.zeros(rows, new, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(rows, new, dtype=torch.promote_types(network.dtype, torch.float32), device=device)
-    margins = torch.zeros_like(logprobs)
-    active = torch.ones(rows, dtype=torch.bool, device=device)
-
-    prompt = torch.tensor(prompts.tokens, dtype=torch.int64, device=device)
-    positions = torch.tensor(prompts.positions, dtype=torch.int64, device=device)
-    size = width if prefill is None else prefill
-    pieces = list(zip(prompt.split(size, dim=1), positions.split(size, dim=1), strict=True))
-    for piece, where in pieces[:-1]:
-        network.hidden_states(piece, where, readable[:, : cache.start + piece.shape[1]], cache)
-    current, positions = pieces[-1]
-    for step in range(new):
-        hidden = network.hidden_states(current, positions, readable[:, : width + step], cache)
-        drawn = draw(network.logits(hidden[:, -1]), noise[:, step], sampling)
-        mask[:, step] = active
-        tokens[:, step] = drawn.token.where(active, pad_token_id)
-        logprobs[:, step] = drawn.logprob.where(active, 0.0)
-        margins[:, step] = drawn.margin.where(active, 0.0)
-        active &= ~torch.isin(drawn.token, stops)
-        if not bool(active.any()):
-            break
-        # Rows that have ended go on reading padding; nothing reads them.
-        current, positions = tokens[:, step : step + 1], positions[:, -1:] + 1
+    tokens = slots.tokens[:queued, :new].to(torch.int32).cpu().numpy()
+    numbers = slots.numbers[:queued, :new].cpu().numpy()
+    mask = tokens >= 0
+    last = np.take_along_axis(tokens, mask.sum(axis=1, keepdims=True) - 1, axis=1)[:, 0]
+    is_stop = np.isin(last, sampling.stop_token_ids)
     return Completions(
-        tokens=tokens.to(torch.int32).cpu().numpy(),
-        mask=mask.cpu().numpy(),
-        logprobs=logprobs.cpu().numpy(),
-        margins=margins.cpu().numpy(),
-        finish=np.where(active.cpu().numpy(), Finish.LENGTH, Finish.STOP).astype(np.int32),
+        tokens=np.where(mask, tokens, np.int32(pad_token_id)),
+        mask=mask,
+        logprobs=numbers[..., 0].copy(),
+        margins=numbers[..., 1].copy(),
+        finish=np.where(is_stop, Finish.STOP, Finish.LENGTH).astype(np.int32),
     )
+
+
+def _obstacle(network: Network) -> str | None:
+    """Why this network's steps cannot be captured, where that is known beforehand."""
+    if network.is_split:
+        return "several processes decode together"
+    return "the host reads which experts were chosen" if network.num_experts else None
 
 
 def _check(prompts: PromptBatch, sampling: Sampling, uniforms: np.ndarray, config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""The PyTorch + DeepSpeed engine: transformers models, trained by DeepSpeed (ZeRO 0 to 3), on one process.
+"""The PyTorch + DeepSpeed engine: transformers models, trained by DeepSpeed (ZeRO 0 to 3), in one process or many.
 
 `create` starts the process and fixes the precision switches; `TorchModel` is one model behind the protocol
 `diptych.engine.Model`. Trained models always run through their DeepSpeed engine, on a CPU too; frozen ones are plain
@@ -8,21 +8,26 @@ modules.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.engine import (
-    AdapterSpec,
     Completions,
     EngineSettings,
     Loss,
+    Memory,
     Metrics,
     ModelSpec,
     OptimizerSpec,
@@ -35,29 +40,56 @@ from diptych.engine import (
     TrainBatch,
 )
 from diptych.errors import UserError
-from diptych.families.family import ModelConfig, tensor_shapes
+from diptych.families.adapter import adapter_shapes
+from diptych.families.family import ModelConfig, read_model, tensor_shapes
+from diptych.layout import Zero
 from diptych.weights.huggingface import check_tensors
-from diptych.world import SINGLE
 from diptych_torch import adapter as adapters
-from diptych_torch import checkpoint, decode, optimizer, zero
+from diptych_torch import (
+    checkpoint,
+    deepspeed_rollout,
+    optimizer,
+    processes,
+    tensor_parallel,
+    zero,
+)
 from diptych_torch import names as naming
-from diptych_torch.experts import balance_loss
-from diptych_torch.float64 import let_deepspeed_reduce_float64
-from diptych_torch.model import Network, build, detached, device_array, device_batch, fill
+from diptych_torch.data_parallel import (
+    Share,
+    add_over_processes,
+    add_tensors,
+    gather_rows,
+    take_tokens,
+)
+from diptych_torch.float64 import KeepFloat64
+from diptych_torch.hybrid import Hybrid, empty_network, filled
+from diptych_torch.model import Network, build, detached, device_batch, fill, values_of
+from diptych_torch.remat import rematerialize
+from diptych_torch.tensor_parallel import TensorGroup
+from diptych_torch.training import Backward, Run, accumulate, check_batch
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# What is computed in, by precision; masters, losses and what leaves the engine are at least float32.
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def create(settings: EngineSettings) -> TorchEngine:
     """Start the engine. Raises UserError for settings that it cannot serve."""
     if settings.precision not in DTYPES:
         raise UserError(f"precision must be one of {', '.join(DTYPES)}, got {settings.precision!r}")
-    if settings.zero_stage not in (0, 1, 2, 3):
-        raise UserError(f"layout.zero.stage must be 0, 1, 2 or 3, got {settings.zero_stage!r}")
-    if settings.precision == "float64" and settings.zero_stage > 0:
-        raise UserError("precision float64 needs layout.zero.stage 0: DeepSpeed's stages 1 to 3 keep float32 masters")
-    if settings.distributed:
-        raise UserError("--distributed: the torch engine trains in one process; leave it away, or use --engine jax")
+    for role in ("policy", "critic", "reference", "reward"):
+        stage = settings.layout.zero_of(role, is_trained=role in ("policy", "critic")).stage
+        if stage not in (0, 1, 2, 3):
+            raise UserError(f"layout.zero.stage must be 0, 1, 2 or 3, got {stage!r}")
+        if settings.precision == "float64" and settings.layout.zero_of(role, is_trained=True).offload_optimizer:
+            raise UserError(
+                "precision float64 goes without layout.zero.offload_optimizer: DeepSpeed takes the norm of offloaded "
+                "gradients in float32"
+            )
+        if settings.precision == "bfloat16" and stage == 0 and role in ("policy", "critic"):
+            raise UserError(
+                "precision bfloat16 needs layout.zero.stage 1, 2 or 3: at stage 0 DeepSpeed sums gradients in bfloat16 "
+                "and counts a step that is not made (one process holds no more at stage 1 than at stage 0)"
+            )
     # Full float32 products on every device (law 6), and the same bits in every run.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -67,29 +99,33 @@ def create(settings: EngineSettings) -> TorchEngine:
     # Where an accelerator has no deterministic kernel (cumsum), it says so and goes on.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    device = zero.start(settings.device)
-    if settings.precision == "float64":
-        let_deepspeed_reduce_float64()
-    return TorchEngine(settings, device)
+    return TorchEngine(settings, processes.start(settings))
 
 
 class TorchEngine:
-    """`diptych.engine.Engine` on one process."""
+    """`diptych.engine.Engine` on this process's device."""
 
     name = "torch"
-    world = SINGLE
 
     def __init__(self, settings: EngineSettings, device: torch.device):
         self.settings = settings
         self.device = device
+        self.world = processes.world()
+        self._group = TensorGroup(settings.layout.decode.tensor)
 
     def model(self, spec: ModelSpec) -> TorchModel:
         """Build a model. Raises UserError for weights or a config that do not fit."""
-        return TorchModel(spec, self.settings, self.device)
+        return TorchModel(spec, self.settings, self.device, self._group)
 
     def check_model(self, config: ModelConfig, role: Role) -> None:
-        """ZeRO partitions any model."""
-        del config, role
+        """UserError where a policy cannot be decoded on as many processes together as the settings ask. (ZeRO
+        partitions any model.)"""
+        if role == "policy":
+            tensor_parallel.check(config, self._group.size)
+
+    def memory(self) -> Memory | None:
+        """What each process may fill; the plan before launch is made for it."""
+        return processes.memory(self.device)
 
     def compilations(self) -> int | None:
         """PyTorch runs its operations one by one."""
@@ -101,6 +137,7 @@ class TorchEngine:
         import transformers
 
         is_gpu = self.device.type == "cuda"
+        layout = self.settings.layout
         return {
             "engine": self.name,
             "torch": torch.__version__,
@@ -108,12 +145,17 @@ class TorchEngine:
             "transformers": transformers.__version__,
             "numpy": np.__version__,
             "device": torch.cuda.get_device_name(self.device) if is_gpu else "cpu",
-            "processes": str(zero.world_size()),
+            "processes": str(self.world.count),
             "communication": torch.distributed.get_backend(),
             "threads": str(torch.get_num_threads()),
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
             "precision": self.settings.precision,
-            "zero_stage": str(self.settings.zero_stage),
+            **{
+                f"zero/{role}": _shown(layout.zero_of(role, is_trained=role in ("policy", "critic")))
+                for role in ("policy", "critic", "reference", "reward")
+            },
+            "remat": self.settings.remat,
+            "rollout": _rollout(self.settings.rollout),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "tf32": str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
             "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
@@ -121,37 +163,91 @@ class TorchEngine:
         }
 
 
+def _rollout(wanted: str) -> str:
+    """What generates, and why."""
+    if wanted == "auto":
+        return (
+            "native (auto: it serves every architecture, gathers once a rollout and is checked; DeepSpeed's hybrid "
+            "engine serves few, and none of them faster)"
+        )
+    return wanted
+
+
+def _shown(found: Zero) -> str:
+    waits = [name for name in ("optimizer", "param") if getattr(found, f"offload_{name}")]
+    return f"stage {found.stage}" + (f", {' and '.join(waits)} in host memory" if waits else "")
+
+
 class TorchModel:
     """`diptych.engine.Model`. Arrays are NumPy on the host, in and out."""
 
-    def __init__(self, spec: ModelSpec, settings: EngineSettings, device: torch.device):
+    def __init__(self, spec: ModelSpec, settings: EngineSettings, device: torch.device, group: TensorGroup):
         if spec.micro_batch_size < 1 or spec.logprob_chunk < 1:
             raise UserError("micro_batch_size and logprob_chunk must be at least 1")
         self.spec = spec
         self.settings = settings
         self._device = device
         self._dtype = DTYPES[settings.precision]
-        self._network = build(spec, self._dtype, device)
+        self._wide = torch.promote_types(self._dtype, torch.float32)
+        self._share = Share(torch.distributed.get_rank(), zero.world_size())
+        self._told_of_filler = False
+        self._plain_network: Network | None = None  # filled for the time of `gradients`
+        self._step = 0
+        self._zero = settings.layout.zero_of(spec.role, is_trained=spec.optimizer is not None)
+        waits = spec.optimizer is None and spec.role in settings.layout.offload
+        if waits and self._zero.stage == 3:  # its partitions wait there
+            self._zero = replace(self._zero, offload_param=True)
+        self._waits_on_host = waits and self._zero.stage == 0 and device.type != "cpu"
+        model = read_model(spec.config)
+        trained = tensor_shapes(model, spec.head) if spec.adapter is None else adapter_shapes(model, spec.adapter)
+        config = zero.ds_config(
+            self._zero,
+            elements=sum(math.prod(shape) for shape in trained.values()),
+            micro_batch_size=-(-spec.micro_batch_size // self._share.count),
+            dtype=self._dtype,
+            max_grad_norm=None if spec.optimizer is None else spec.optimizer.max_grad_norm,
+            more=settings.deepspeed,
+        )
+        partition = zero.Partition(config) if self._zero.stage == 3 else None
+        home = torch.device("cpu") if self._waits_on_host else device
+        self._network = build(spec, self._dtype, home, partition)
         self._weights = self._network.named_weights()
         self._trained = self._network.trained_weights()
-        self._views: dict[AdapterSpec | None, Network] = {}  # what `_view` lends out
-        self._step = 0
-        self._ema: dict[str, Tensor] = {}
         self._deepspeed: Any = None
-        if spec.optimizer is None:
+        self._shards: zero.Shards | None = None
+        if spec.optimizer is not None:
+            self._begin_training(spec.optimizer, config)
+        elif partition is not None:
+            self._deepspeed = zero.initialize(self._network.eval(), None, config, dtype=self._dtype)
+            weakref.finalize(self, zero.release, self._deepspeed).atexit = False
+        else:
             self._network.eval()
-            return
+        self._hybrid = Hybrid(
+            spec, settings, self._network, self._trained, deepspeed=self._deepspeed, shards=self._shards,
+            group=group, device=device,
+        )  # fmt: skip
+
+    def _begin_training(self, spec: OptimizerSpec, config: dict[str, Any]) -> None:
+        """DeepSpeed's engine around the network; exact masters, and an optimizer whose state is there."""
+        rematerialize(self._network.trunk, self.settings.remat, self._dtype)
         for weight in self._trained.values():
             weight.requires_grad_(True)
-        if spec.optimizer.ema_decay is not None:
-            self._ema = {name: weight.detach().clone() for name, weight in self._trained.items()}
-        self._optimizer = optimizer.build(spec.optimizer, self._trained)
-        stage, size = settings.zero_stage, spec.micro_batch_size
-        self._deepspeed = zero.initialize(
-            self._network, self._optimizer, spec.optimizer, stage=stage, micro_batch_size=size
-        )
-        if settings.precision == "float64":
-            self._deepspeed.communication_data_type = torch.float64
+        self._optimizer = optimizer.build(spec, self._trained)
+        surroundings = contextlib.nullcontext()
+        if self.settings.rollout == "deepspeed" and self.spec.head == "lm":
+            deepspeed_rollout.check(self._network, self._device)
+            config = config | deepspeed_rollout.config(self._network.config)
+            surroundings = deepspeed_rollout.as_transformers(self._network)
+        with surroundings:
+            self._deepspeed = zero.initialize(self._network, self._optimizer, config, dtype=self._dtype)
+        weakref.finalize(self, zero.release, self._deepspeed).atexit = False
+        self._shards = zero.Shards(self._deepspeed, self._optimizer, self._zero.stage)
+        if self._dtype != self._wide:  # the masters were made of what the network holds: put back what it has lost
+            for name, values in values_of(self.spec, self._network, self._wide, self._device):
+                parameter = self._weights[name] if name in self._weights else self._trained[name]
+                if parameter.requires_grad:
+                    self._shards.write(parameter, values)
+        optimizer.begin(spec, self._optimizer, self._shards.flats())
 
     # -- inference -----------------------------------------------------------------------------------------------
 
@@ -180,24 +276,62 @@ class TorchModel:
     def generate(
         self, prompts: PromptBatch, sampling: Sampling, uniforms: Float[np.ndarray, "batch new"], *, pad_token_id: int
     ) -> Completions:
-        """Sample completions by inverse CDF on the given uniforms (ignored when greedy)."""
+        """Sample completions by inverse CDF on the given uniforms (ignored when greedy); each process its rows."""
         self._require_head("lm")
-        with self._view(requires_grad=False) as network:
-            return decode.generate(network, prompts, sampling, uniforms, pad_token_id=pad_token_id, device=self._device)
+        with self._resident():
+            return self._hybrid.generate(
+                prompts, sampling, uniforms, pad_token_id=pad_token_id, score=partial(self.logprobs, temperature=1.0)
+            )
 
     def rollout_metrics(self) -> Metrics:
-        """Nothing: the rollout reads the training weights themselves."""
-        return {}
+        """What the newest decode copy cost: `timing_s/switch`, `switch/bytes_moved`, `switch/bytes_per_second`; empty
+        where none was made since this was last asked."""
+        metrics, self._hybrid.metrics = self._hybrid.metrics, {}
+        return metrics
 
     @torch.no_grad()
     def _read(self, batch: TokenBatch, **settings: Any) -> np.ndarray:
-        run = self._network if self._deepspeed is None else self._deepspeed
         size = self.spec.micro_batch_size
-        rows = [slice(start, start + size) for start in range(0, len(batch), size)]
-        outputs = [
-            run(self._to_device(batch.take(part)), chunk=self.spec.logprob_chunk, **settings)[0] for part in rows
-        ]
-        return torch.cat(outputs).cpu().numpy()
+        with self._resident():
+            run, to_device = self._runner, partial(device_batch, config=self._network.config, device=self._device)
+            outputs = [
+                run(to_device(take_tokens(batch, rows)), chunk=self.spec.logprob_chunk, **settings)[0]
+                for rows in self._pieces(len(batch), size)
+            ]
+            return gather_rows(torch.cat(outputs), size, len(batch)).cpu().numpy()
+
+    def _pieces(self, count: int, size: int, group: int = 1) -> list[np.ndarray]:
+        """This process's rows of each micro-batch; -1 for a row of padding. group: of rows that stay together."""
+        filler = self._share.filler(min(size, count), group)
+        if filler and not self._told_of_filler and self._share.index == 0:
+            print(
+                f"diptych: {self.spec.role}: a micro-batch of {min(size, count)} rows is split over "
+                f"{self._share.count} processes and filled up with {filler} empty rows: make micro_batch_size a "
+                f"multiple of {self._share.count}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._told_of_filler |= filler > 0
+        return [self._share.rows(start, min(start + size, count), group) for start in range(0, count, size)]
+
+    @property
+    def _runner(self) -> Any:
+        """Training and scoring go through DeepSpeed where there is an engine of it."""
+        return self._network if self._deepspeed is None else self._deepspeed
+
+    @contextlib.contextmanager
+    def _resident(self) -> Iterator[None]:
+        """Inside, a frozen model that waits in host memory is on the device."""
+        if not self._waits_on_host:
+            yield
+            return
+        home = detached(self._weights), detached(self._trained)
+        there = [{name: one.to(self._device, non_blocking=True) for name, one in part.items()} for part in home]
+        self._network.assign(*there, requires_grad=False)
+        try:
+            yield
+        finally:
+            self._network.assign(*home, requires_grad=False)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -221,162 +355,116 @@ class TorchModel:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None
-        if self.settings.zero_stage == 0:
+        if self._zero.stage == 0:
             gradients = [weight.grad for weight in self._trained.values() if weight.grad is not None]
             norm = optimizer.global_norm(gradients)
             if spec.max_grad_norm is not None:
                 optimizer.clip(gradients, norm, spec.max_grad_norm)
-        engine.step()
+        with KeepFloat64() if self._dtype == torch.float64 else contextlib.nullcontext():
+            engine.step()
         self._step += 1
-        self._average(spec)
+        assert self._shards is not None
+        optimizer.average(spec, self._optimizer, self._shards.flats())
         metrics["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
         return metrics
 
     @torch.no_grad()
     def evaluate(self, loss: Loss, batch: TrainBatch) -> Metrics:
         """The same numbers as `update` without gradient or step (no `grad_norm`)."""
-        runner = self._network if self._deepspeed is None else self._deepspeed
-        return self._accumulate(lambda *inputs, last, **settings: runner(*inputs, **settings), loss, batch, None)
+        with self._resident():
+            runner = self._runner
+            return self._accumulate(lambda *inputs, last, **settings: runner(*inputs, **settings), loss, batch, None)
 
     def gradients(self, loss: Loss, batch: TrainBatch) -> Tensors:
         """The gradient of the step's loss for every trained tensor, unclipped. Changes nothing."""
-        with self._view(requires_grad=True) as network:
+        with self._view() as network:
             self._accumulate(
                 lambda *inputs, last, **settings: network(*inputs, **settings),
                 loss,
                 batch,
                 lambda value: value.backward(),
             )
-            found = network.trained_weights()
-
-            def gradient(name: str) -> np.ndarray | Tensor:
-                grad = found[name].grad
-                return np.zeros(found[name].shape, self.settings.precision) if grad is None else grad
-
-            return self._outside(gradient)
-
-    def _accumulate(
-        self, run: Callable[..., Any], loss: Loss, batch: TrainBatch, backward: Callable[[Tensor], None] | None
-    ) -> Metrics:
-        """Run the loss over micro-batches, `backward` on each. Sums of the loss and its metrics (`_max`: maxima)."""
-        self._require_head("lm" if loss.reads == "logprobs" else "scalar")
-        if loss.entropy and loss.reads != "logprobs":
-            raise ValueError("a loss that reads scores has no entropy")
-        size, count = self.spec.micro_batch_size, len(batch.tokens)
-        if not count or (count > size and count % size):
-            raise ValueError(f"{count} rows cannot be cut into micro-batches of {size}")
-        for name, array in batch.arrays.items():
-            if len(array) != count:
-                raise ValueError(f"array {name!r} has {len(array)} rows, the tokens have {count}")
-        denominators = {name: float(value) for name, value in batch.denominators.items()}
-        pieces = [slice(start, start + size) for start in range(0, count, size)]
-        is_balanced = loss.balance > 0 and self._network.num_experts > 0
-        choices = self._choices(run, batch.tokens, pieces) if is_balanced and len(pieces) > 1 else None
-        totals: Metrics = {}
-        for rows in pieces:
-            outputs, entropy, routing = run(
-                self._to_device(batch.tokens.take(rows)),
-                temperature=loss.temperature,
-                chunk=self.spec.logprob_chunk,
-                entropy=loss.entropy,
-                routing=is_balanced,
-                last=rows is pieces[-1],
-            )
-            inputs: dict[str, Any] = {
-                name: device_array(array[rows], self._dtype, self._device) for name, array in batch.arrays.items()
+            found = {
+                name: torch.zeros_like(one, dtype=self._wide) if one.grad is None else one.grad.to(self._wide)
+                for name, one in network.trained_weights().items()
             }
-            if loss.entropy:
-                inputs["entropy"] = entropy
-            value, metrics = loss(outputs, **inputs, **denominators)
-            if metrics.keys() & {"loss", "grad_norm"}:
-                raise ValueError("a loss's metrics must not be called loss or grad_norm: those names are the engine's")
-            if is_balanced:
-                num_tokens = int(batch.tokens.attention.sum())
-                balance, about_routers = balance_loss(routing, choices, self._network.config, num_tokens)
-                value, metrics = value + loss.balance * balance, {**metrics, **about_routers}
-            if backward is not None:
-                backward(value)
-            for name, number in {"loss": value, **metrics}.items():
-                number = float(number.detach() if isinstance(number, Tensor) else number)
-                if name not in totals:
-                    totals[name] = number
-                elif name.endswith("_max"):
-                    totals[name] = max(totals[name], number)
-                else:
-                    totals[name] += number
-        return totals
+            add_tensors(found)
+            return self._outside(found.__getitem__)
 
-    @torch.no_grad()
-    def _choices(self, run: Callable[..., Any], tokens: TokenBatch, pieces: list[slice]) -> Tensor:
-        """How many times each expert is chosen in the whole step [experts]: a pass over all micro-batches, because the
-        balance loss of each depends on the choices in all of them."""
-        counts = [
-            run(self._to_device(tokens.take(rows)), routing=True, only_routing=True, last=False)[2][1]
-            for rows in pieces
-        ]
-        return torch.stack(counts).sum(dim=0)
-
-    @torch.no_grad()
-    def _average(self, spec: OptimizerSpec) -> None:
-        """ema = decay ema + (1 - decay) p."""
-        if spec.ema_decay is None:
-            return
-        with zero.whole(self._trained.values()):
-            for name, weight in self._trained.items():
-                self._ema[name].mul_(spec.ema_decay).add_(weight, alpha=1 - spec.ema_decay)
+    def _accumulate(self, run: Run, loss: Loss, batch: TrainBatch, backward: Backward | None) -> Metrics:
+        """`training.accumulate` of this process's rows; sums over all processes."""
+        self._require_head("lm" if loss.reads == "logprobs" else "scalar")
+        check_batch(loss, batch, self.spec.micro_batch_size)
+        pieces = self._pieces(len(batch.tokens), self.spec.micro_batch_size, loss.group)
+        totals = accumulate(
+            run, loss, batch, pieces, backward, network=self._network, chunk=self.spec.logprob_chunk,
+            device=self._device,
+        )  # fmt: skip
+        return add_over_processes(totals, self._device)
 
     # -- weights and state ---------------------------------------------------------------------------------------
 
     def weights(self, names: Sequence[str] | None = None) -> Tensors:
-        """Copies of all tensors (or of `names`) by Hugging Face name, those of an adapted layer without its adapter."""
+        """Copies of all tensors (or of `names`) by Hugging Face name, those of an adapted layer without its adapter.
+        One parameter at a time is whole. Collective."""
         held = self._network.held
         order = list(tensor_shapes(self._network.config, self.spec.head)) if names is None else list(names)
-        with zero.whole([self._weights[name] for name in naming.holding(held, frozenset(order))]):
-            return naming.to_checkpoint(held, self._weights.__getitem__, order)
+        return naming.to_checkpoint(held, lambda name: self._value(self._weights[name]), order)
+
+    def adapter_weights(self) -> Tensors:
+        """Copies of the adapter's tensors, and of a scalar head trained beside it, by PEFT's names."""
+        self._require_adapter()
+        return self._outside(lambda name: self._value(self._trained[name]))
+
+    def ema_weights(self, names: Sequence[str] | None = None) -> Tensors:
+        """The averaged trained weights, or those with these names (only where `ema_decay` is set). Collective."""
+        if self.spec.optimizer is None or self.spec.optimizer.ema_decay is None:
+            raise ValueError("this model keeps no average: its optimizer has no ema_decay")
+        return self._outside(lambda name: self._state(name, optimizer.AVERAGE), names)
+
+    def _value(self, parameter: nn.Parameter) -> Tensor:
+        """The whole parameter: its master where it is trained."""
+        if self._shards is not None and parameter.requires_grad:
+            return self._shards.read(parameter)
+        with zero.whole([parameter]):
+            return parameter.detach().to(self._wide, copy=True)
+
+    def _state(self, name: str, key: str) -> Tensor:
+        assert self._shards is not None
+        return self._shards.read(self._trained[name], key)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
         """Replace all weights (same names and shapes); adapter, optimizer state and average stay."""
         check_tensors(weights, self._network.config, self.spec.head, where="weights")
-        with zero.whole(self._weights.values(), write=True):
-            for name, parameter in self._network.held.items():
-                for one, view in parameter.split(self._weights[name]).items():
-                    fill(view, weights[one], one)
-        self._refresh_masters()
-
-    def adapter_weights(self) -> Tensors:
-        """Copies of the adapter's tensors, and of a scalar head trained beside it, by PEFT's names."""
-        self._require_adapter()
-        with zero.whole(self._trained.values()):
-            return self._outside(self._trained.__getitem__)
+        for name, parameter in self._network.held.items():
+            values = torch.empty(parameter.shape, dtype=self._wide)
+            for one, view in parameter.split(values).items():
+                fill(view, weights[one], one)
+            self._replace(self._weights[name], values)
 
     @torch.no_grad()
     def load_adapter(self, weights: Mapping[str, np.ndarray]) -> None:
         """Replace them; the weights below, optimizer state and average stay."""
         self._require_adapter()
         naming.check(weights, self._network.trained_shapes, where="adapter")
-        with zero.whole(self._trained.values(), write=True):
-            for name, parameter in self._trained.items():
-                fill(parameter, weights[name], name)
-        self._refresh_masters()
+        for name, parameter in self._trained.items():
+            self._replace(parameter, torch.tensor(weights[name], dtype=self._wide))
 
-    def _refresh_masters(self) -> None:
-        """Let the next update start from what was written."""
-        if self._zero_optimizer is not None:
-            self._zero_optimizer.refresh_fp32_params()
-
-    def ema_weights(self) -> Tensors:
-        """The averaged trained weights (only where `ema_decay` is set)."""
-        if not self._ema:
-            raise ValueError("this model keeps no average: its optimizer has no ema_decay")
-        return self._outside(self._ema.__getitem__)
+    def _replace(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Put these into the parameter, and into its master where it is trained."""
+        with zero.whole([parameter], write=True):
+            parameter.copy_(values)
+        if self._shards is not None and self._shards.stage > 0 and parameter.requires_grad:
+            self._shards.write(parameter, values)
 
     def optimizer_state(self) -> OptimizerState:
         """Copies of step and moments by the trained tensors' names."""
-        spec = self._optimizer_spec()
-        moments = optimizer.read_moments(spec, self._optimizer, self._trained, self._zero_optimizer)
-        tensors = [self._outside(moment.__getitem__) for moment in moments]
-        return OptimizerState(step=self._step, first=tensors[0], second=tensors[1] if len(tensors) > 1 else {})
+        first, *second = [
+            self._outside(lambda name, moment=moment: self._state(name, moment))
+            for moment in optimizer.MOMENTS[self._optimizer_spec().name]
+        ]
+        return OptimizerState(step=self._step, first=first, second=second[0] if second else {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Replace step and moments. Raises UserError for another model's or optimizer's."""
@@ -386,23 +474,31 @@ class TorchModel:
         given = (state.first, state.second) if spec.name == "adamw" else (state.first,)
         for tensors in given:
             naming.check(tensors, self._network.trained_shapes, where="optimizer state")
-        moments = [naming.to_module(self._network.trained_held, tensors) for tensors in given]
-        held = OptimizerState(step=state.step, first=moments[0], second=moments[1] if len(moments) > 1 else {})
-        optimizer.write_moments(spec, self._optimizer, self._trained, self._zero_optimizer, held)
+        assert self._shards is not None
+        for moment, tensors in zip(optimizer.MOMENTS[spec.name], given, strict=True):
+            for name, values in naming.to_module(self._network.trained_held, tensors).items():
+                self._shards.write(self._trained[name], torch.tensor(values, dtype=self._wide), moment)
+        self._shards.set_step(state.step)
         self._step = state.step
 
-    def _outside(self, read: Callable[[str], Any]) -> Tensors:
+    def _outside(self, read: Callable[[str], Any], names: Sequence[str] | None = None) -> Tensors:
         """Copies of arrays of the trained parameters, under the names that they have outside."""
-        return naming.to_checkpoint(self._network.trained_held, read, list(self._network.trained_shapes))
+        order = list(self._network.trained_shapes) if names is None else list(names)
+        return naming.to_checkpoint(self._network.trained_held, read, order)
 
     def save_checkpoint(self, directory: Path) -> Callable[[], None]:
         """Everything that training needs to go on bit for bit, into an empty folder; on disk when this returns."""
-        checkpoint.save(directory, self._deepspeed, self._description(), step=self._step, ema=self._ema)
+        description = self._description()
+        assert self._shards is not None
+        checkpoint.save(directory, self._deepspeed, self._shards, self._trained, description, step=self._step)
         return lambda: None
 
     def load_checkpoint(self, directory: Path) -> None:
-        """Go on from a checkpoint. Raises UserError when it is not this model's."""
-        self._step = checkpoint.load(directory, self._deepspeed, self._description(), ema=self._ema)
+        """Go on from a checkpoint of any number of processes and ZeRO stage. Raises UserError when it is not this
+        model's."""
+        description = self._description()
+        assert self._shards is not None
+        self._step = checkpoint.load(directory, self._shards, self._trained, description)
 
     def _description(self) -> dict[str, Any]:
         spec, adapter = self._optimizer_spec(), self.spec.adapter
@@ -412,44 +508,22 @@ class TorchModel:
             "optimizer": spec.name,
             "has_ema": spec.ema_decay is not None,
             "precision": self.settings.precision,
-            "zero_stage": self.settings.zero_stage,
-            "processes": zero.world_size(),
             "adapter": None if adapter is None else {"rank": adapter.rank, "alpha": adapter.alpha},
             "shapes": {name: list(held.shape) for name, held in self._network.trained_held.items()},
         }
 
     # -- pieces --------------------------------------------------------------------------------------------------
 
-    @property
-    def _zero_optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer; None at stage 0 and in frozen models."""
-        return self._deepspeed.optimizer if self._deepspeed is not None and self.settings.zero_stage > 0 else None
-
     @contextlib.contextmanager
-    def _view(self, *, requires_grad: bool) -> Iterator[Network]:
-        """The same weights, without a copy, in a network that DeepSpeed has no hooks in.
-
-        Decoding and `gradients` run on it: whatever they do, they leave no trace in the training state. ZeRO-3's
-        parameters are gathered once for the whole visit. Where nothing needs gradients, an adapter is merged, into
-        copies of the weights that it changes.
-        """
-        spec = self.spec.adapter if requires_grad else None
-        if spec not in self._views:
-            self._views[spec] = Network(self.spec.config, self.spec.head, self._dtype, self._device, spec).eval()
-        network = self._views[spec]
-        empty, nothing = detached(network.named_weights()), detached(network.trained_weights())
+    def _view(self) -> Iterator[Network]:
+        """The weights as a network that DeepSpeed has no hooks in, for gradients that leave no trace in the training
+        state. ZeRO-3's parameters are gathered, all of them, for the visit."""
+        if self._plain_network is None:
+            self._plain_network = empty_network(self.spec, self._dtype, self._device, self.spec.adapter)
         with zero.whole([*self._weights.values(), *self._trained.values()]):
-            weights, adapter = detached(self._weights), detached(self._trained)
-            if self.spec.adapter is not None and spec is None:
-                weights = adapters.merge(network.config, self.spec.adapter, weights, adapter)
-            network.assign(weights, adapter, requires_grad=requires_grad)
-            try:
+            tensors = detached(self._weights), detached(self._trained)
+            with filled(self._plain_network, *tensors, requires_grad=True) as network:
                 yield network
-            finally:
-                network.assign(empty, nothing, requires_grad=False)
-
-    def _to_device(self, batch: TokenBatch) -> Any:
-        return device_batch(batch, self._network.config, self._device)
 
     def _optimizer_spec(self) -> OptimizerSpec:
         if self.spec.optimizer is None:

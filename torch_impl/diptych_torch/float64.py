@@ -7,6 +7,8 @@ reduces. Both are mended here, and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,11 +35,35 @@ class KeepFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def let_deepspeed_reduce_float64() -> None:
-    """Add float64 to the gradient types that DeepSpeed's accelerator says it can reduce (gloo can)."""
+@contextlib.contextmanager
+def masters_in_float64() -> Iterator[None]:
+    """Inside, what DeepSpeed initializes keeps its masters, sums and gradients in float64, at any stage.
+
+    It has no such setting: its masters are float32 whatever the model is.
+    """
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
 
     accelerator: Any = get_accelerator()
-    if torch.float64 not in accelerator.supported_dtypes():
+    if torch.float64 not in accelerator.supported_dtypes():  # gradients that it says it can reduce (gloo can)
         supported = [*accelerator.supported_dtypes(), torch.float64]
         accelerator.supported_dtypes = lambda: supported
+    theirs = ZeROOptimizer._configure_master_weights, DeepSpeedEngine.get_data_types
+    communication = DeepSpeedEngine.communication_data_type
+
+    def masters(self: Any, *arguments: Any, **options: Any) -> torch.dtype:
+        theirs[0](self, *arguments, **options)
+        return torch.float64
+
+    ZeROOptimizer._configure_master_weights = masters
+    # Without ZeRO the optimizer is the client's own, in its own type, where DeepSpeed believes in float32.
+    DeepSpeedEngine.get_data_types = lambda self: (
+        (torch.float64, torch.float64) if self.zero_optimization() else theirs[1](self)
+    )
+    DeepSpeedEngine.communication_data_type = property(lambda self: torch.float64)
+    try:
+        yield
+    finally:
+        ZeROOptimizer._configure_master_weights, DeepSpeedEngine.get_data_types = theirs
+        DeepSpeedEngine.communication_data_type = communication

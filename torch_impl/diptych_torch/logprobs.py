@@ -33,11 +33,12 @@ def chunked_logprobs(
     temperature: float,
     chunk: int,
     entropy: bool,
+    least: int = 1,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
     """Log-probability (nats) of each row's target under softmax(logits / temperature), and the entropy of that softmax.
 
     The entropy carries no gradient; it is None unless asked for. Rows are shared out evenly over ceil(N / chunk)
-    chunks.
+    chunks, or over `least` where those are more: some are empty then.
     """
 
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -50,11 +51,11 @@ def chunked_logprobs(
             every = logits - normalizer[:, None]
             return logprobs, -(every.exp() * every).sum(dim=-1)
 
-    if len(targets) <= chunk:  # nothing to gain: the logits of the one chunk may stay until its backward pass
+    count = _count(len(targets), chunk, least)
+    if count == 1:  # nothing to gain: the logits of the one chunk may stay until its backward pass
         return one_chunk(hidden, targets)
-    size = _size(len(targets), chunk)
     pieces = []
-    for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+    for rows, wanted in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True):
         if torch.is_grad_enabled():
             pieces.append(checkpoint(one_chunk, rows, wanted, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -64,14 +65,14 @@ def chunked_logprobs(
 
 
 def chunked_matches(
-    hidden: Float[Tensor, "N D"], targets: Int[Tensor, " N"], unembedding: Unembedding, *, chunk: int
+    hidden: Float[Tensor, "N D"], targets: Int[Tensor, " N"], unembedding: Unembedding, *, chunk: int, least: int = 1
 ) -> Bool[Tensor, " N"]:
     """Is each row's target the likeliest token, the first of several with the largest logit? Not differentiated."""
-    size = _size(len(targets), chunk)
-    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    count = _count(len(targets), chunk, least)
+    pieces = zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True)
     return torch.cat([unembedding(rows).argmax(dim=-1) == wanted for rows, wanted in pieces])
 
 
-def _size(count: int, chunk: int) -> int:
-    """Rows of a chunk, so that ceil(count / chunk) chunks share them out evenly."""
-    return -(-count // -(-count // chunk))
+def _count(rows: int, chunk: int, least: int) -> int:
+    """Chunks of `chunk` rows or fewer; at least one, so that the head sees every batch, if only nothing of it."""
+    return max(-(-rows // chunk), least, 1)

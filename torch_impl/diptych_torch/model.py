@@ -10,7 +10,7 @@ Dimensions: B batch, T time, S columns (T and whatever a cache holds), D model w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ class Network(nn.Module):
         super().__init__()
         self.head: Head = head
         self.dtype = dtype
+        self.is_split = False  # its layers are on several processes (`tensor_parallel`)
         self.config: ModelConfig = read_model(config)
         self.adapter = adapter
         self.held = names.parameters(self.config, head)
@@ -124,6 +125,10 @@ class Network(nn.Module):
             adapters.put(self.transformer, name, parameter)
         for name in self.adapter_names():
             adapters.put(self.transformer, name, nn.Parameter(adapter[name], requires_grad=requires_grad))
+        self.tie()
+
+    def tie(self) -> None:
+        """Let a tied output projection be the embedding."""
         if self.head == "lm" and self.config.tie_word_embeddings:
             self.transformer.lm_head.weight = self.transformer.get_input_embeddings().weight
 
@@ -141,16 +146,15 @@ class Network(nn.Module):
         """The hidden states that a head reads (after the last norm, and OPT's projection).
 
         segments: of all columns, the cache's and after them the T new ones: `TokenBatch.segments`, or True on real
-        tokens where a row is one example. cache: `decode.new_cache`'s; it takes the new columns in.
+        tokens where a row is one example. cache: `slots.new_cache`'s; it takes the new columns in.
         """
         inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": cache is not None}
         if not isinstance(self.config, DecoderConfig):
             inputs |= {"attention_mask": segments[:, -tokens.shape[1] :], "position_ids": positions}
             return self.trunk(**inputs).last_hidden_state
         keys = positions if cache is None else cache.extend(positions)
-        masks = {
-            window: causal_mask(segments, tokens.shape[1], window) for window in dict.fromkeys(self.config.windows)
-        }
+        mask = causal_mask if cache is None else cache.mask
+        masks = {window: mask(segments, tokens.shape[1], window) for window in dict.fromkeys(self.config.windows)}
         if self.config.alibi:
             inputs["attention_mask"] = additive(masks[None], self.dtype)
             slopes = alibi(self.config.num_heads, positions, keys, self.dtype)
@@ -207,11 +211,12 @@ class Network(nn.Module):
         routed = self._routing.finish(batch.attention.flatten()) if routing else None
         if only_routing:
             return None, None, routed
+        wide = torch.promote_types(self.dtype, torch.float32)
         if self.head == "scalar":
-            return self.transformer.score(hidden)[..., 0], None, routed
-        if not len(batch.sources):  # nothing is wanted; the zeros still hang on the graph
-            zeros = hidden[..., 0] * 0
-            return zeros.bool() if greedy else zeros, zeros.detach() if entropy else None, routed
+            return self.transformer.score(hidden)[..., 0].to(wide), None, routed
+        # ZeRO-3 gathers the head for every chunk, in all processes together, which do not want as many tokens each.
+        is_split = hasattr(self.transformer.lm_head.weight, "ds_id")
+        least = -(-batch.tokens.numel() // chunk) if is_split else 1
         targets = batch.sources + 1
         predictions = hidden.flatten(0, 1)[batch.sources], batch.tokens.flatten()[targets], self.logits
 
@@ -220,38 +225,55 @@ class Network(nn.Module):
             return zeros.index_copy(0, targets, values).view(batch.tokens.shape)
 
         if greedy:
-            return align(chunked_matches(*predictions, chunk=chunk)), None, routed
-        logprobs, entropies = chunked_logprobs(*predictions, temperature=temperature, chunk=chunk, entropy=entropy)
+            return align(chunked_matches(*predictions, chunk=chunk, least=least)), None, routed
+        logprobs, entropies = chunked_logprobs(
+            *predictions, temperature=temperature, chunk=chunk, entropy=entropy, least=least
+        )
         return align(logprobs), None if entropies is None else align(entropies), routed
 
 
-def build(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Network:
+def build(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    partition: Callable[[nn.Parameter], None] | None = None,
+) -> Network:
     """A network that holds copies of the weights and the adapter of `spec`. Raises UserError unless they are exactly
     the model's tensors.
 
     Reads one tensor at a time: a mapping that reads from disk on every access costs one tensor's memory beside the
-    model's own.
+    model's own. partition: called with every parameter as soon as it is there (on the host then), so that the whole
+    model is nowhere.
     """
-    weights, head = spec.weights, spec.head
-    network = Network(spec.config, head, dtype, device, spec.adapter)
-    shapes = tensor_shapes(network.config, head)
+    network = Network(spec.config, spec.head, dtype, device, spec.adapter)
+    shapes = tensor_shapes(network.config, spec.head)
     # The names first, with stand-ins that take no memory; each tensor's own shape when it is read.
     blank = np.zeros((), np.float32)
-    named = {name: np.broadcast_to(blank, shapes.get(name, ())) for name in weights}
-    check_tensors(named, network.config, head, where="weights")
-    held = {}
-    for name, parameter in network.held.items():
-        held[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
-        for one, view in parameter.split(held[name]).items():
-            fill(view, weights[one], one)
-    adapter = {}
+    named = {name: np.broadcast_to(blank, shapes.get(name, ())) for name in spec.weights}
+    check_tensors(named, network.config, spec.head, where="weights")
     if spec.adapter is not None:
         check_adapter(dict(spec.adapter_weights), network.config, spec.adapter, where="adapter")
-        adapter = {
-            name: torch.tensor(value, dtype=dtype, device=device) for name, value in spec.adapter_weights.items()
-        }
-    network.assign(held, adapter, requires_grad=False)
+    for name, values in values_of(spec, network, dtype, torch.device("cpu") if partition else device):
+        parameter = nn.Parameter(values, requires_grad=False)
+        adapters.put(network.transformer, name, parameter)
+        if partition is not None:
+            partition(parameter)
+    network.tie()
     return network
+
+
+def values_of(
+    spec: ModelSpec, network: Network, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """What `spec` puts into each parameter of the base (by the module's names) and of the adapter (by PEFT's), one at a
+    time."""
+    for name, parameter in network.held.items():
+        values = torch.empty(parameter.shape, dtype=dtype, device=device)
+        for one, view in parameter.split(values).items():
+            fill(view, spec.weights[one], one)
+        yield name, values
+    for name in network.adapter_names():
+        yield name, torch.tensor(spec.adapter_weights[name], dtype=dtype, device=device)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import pytest
 
 from diptych.engine import AdapterSpec, EngineSettings, ModelSpec, OptimizerSpec, TokenBatch, load_engine
 from diptych.families.family import read_model, tensor_shapes
+from diptych.layout import Layout, Zero
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -63,7 +64,7 @@ def make_model(hot_weights: Any) -> Callable[..., Any]:
         adapter: AdapterSpec | None = None,
         adapter_weights: dict[str, np.ndarray] | None = None,
     ) -> Any:
-        return load_engine("torch", EngineSettings(precision=precision, zero_stage=stage)).model(
+        return load_engine("torch", EngineSettings(precision=precision, layout=Layout(zero=Zero(stage=stage)))).model(
             ModelSpec(
                 config=config,
                 weights=hot_weights(config, head) if weights is None else weights,

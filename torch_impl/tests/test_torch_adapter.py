@@ -121,7 +121,7 @@ def test_below_the_adapter_is_the_base_bit_for_bit(
     adapted, make_model, make_config, hot_weights, data, stage, split_parameters
 ):
     batch, config = data.tokens, make_config()
-    model, base = adapted(stage=stage), make_model()
+    model, base = adapted(stage=stage), make_model(stage=stage)
     merged = make_model(weights=merge(read_model(config), SPEC, hot_weights(config), hot_adapter(config)))
     plain = base.logprobs(batch, temperature=1.0)
     above = model.logprobs(batch, temperature=1.0)

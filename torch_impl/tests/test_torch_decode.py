@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from diptych.engine import Completions, Finish, OptimizerSpec, PromptBatch, Sampling, TokenBatch
 from diptych.weights.huggingface import read_checkpoint
-from diptych_torch import decode, model
+from diptych_torch import cache, decode, slots
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
@@ -77,8 +78,8 @@ def test_decoding_is_the_training_forward(make_model, make_config, changes, prec
 def test_canary_seeded_bugs_are_seen(make_model, monkeypatch, bug):
     ours, given, sampling = make_model(micro_batch_size=5), prompts(), how()
     if bug == "prompt padding is read":
-        mask = model.causal_mask
-        monkeypatch.setattr(model, "causal_mask", lambda a, q, w: mask(a if q == 1 else torch.ones_like(a), q, w))
+        mask = cache.causal_mask
+        monkeypatch.setattr(cache, "causal_mask", lambda s, q, w: mask(torch.ones_like(s), q, w))
     elif bug == "positions stand still":
         forward = decode.Network.hidden_states
         monkeypatch.setattr(
@@ -87,13 +88,13 @@ def test_canary_seeded_bugs_are_seen(make_model, monkeypatch, bug):
             lambda self, t, p, m, c=None: forward(self, t, p if t.shape[1] > 1 or c is None else p * 0 + 3, m, c),
         )
     else:
-        update = decode.Cache.update
+        update = cache.Cache.update
 
         def off_by_one(self: Any, keys: Any, values: Any, layer: int) -> Any:
             keys, values = update(self, keys, values, layer)
             return keys, values.roll(1, dims=2)
 
-        monkeypatch.setattr(decode.Cache, "update", off_by_one)
+        monkeypatch.setattr(cache.Cache, "update", off_by_one)
     completions = ours.generate(given, sampling, noise(5, 12), pad_token_id=PAD)
     monkeypatch.undo()
     assert gap(ours, sampling, given, completions) > 100 * TOLERANCE["float32"]
@@ -165,8 +166,8 @@ def test_stop_tokens_end_a_row_and_belong_to_it(make_model):
 def test_all_rows_stopping_ends_the_loop(make_model, monkeypatch):
     ours, given = make_model(), prompts()
     every = tuple(range(64))
-    calls, draw = [], decode.draw
-    monkeypatch.setattr(decode, "draw", lambda *inputs: calls.append(1) or draw(*inputs))
+    calls, draw = [], slots.draw
+    monkeypatch.setattr(slots, "draw", lambda *inputs: calls.append(1) or draw(*inputs))
     completions = ours.generate(given, how(stop_token_ids=every), noise(5, 12), pad_token_id=PAD)
     assert len(calls) == 1
     assert completions.mask.sum(axis=1).tolist() == [1] * 5
@@ -187,20 +188,63 @@ def test_a_row_draws_the_same_in_any_batch(make_model):
         np.testing.assert_array_equal(completions.tokens[0], together.tokens[row])
 
 
-def test_rows_that_wait_draw_the_same(make_model, monkeypatch):
-    """Groups of decode_rows rows, the last one smaller."""
-    ours, given, drawn = make_model(precision="float64"), prompts(), noise(5, 12)
-    together = ours.generate(given, how(stop_token_ids=(3, 7, 20)), drawn, pad_token_id=PAD)
-    sizes, new_cache = [], decode.new_cache
-    monkeypatch.setattr(decode, "new_cache", lambda *inputs, rows, **how: sizes.append(rows) or new_cache(
-        *inputs, rows=rows, **how))  # fmt: skip
-    groups = ours.generate(given, how(stop_token_ids=(3, 7, 20), decode_rows=2), drawn, pad_token_id=PAD)
-    assert sizes == [2, 2, 1]
+@pytest.mark.parametrize("decode_rows", [1, 2, 4, 16])
+def test_rows_that_wait_draw_the_same(make_model, monkeypatch, decode_rows):
+    """In slots that are refilled, whichever row is admitted to which slot when."""
+    ours, given, drawn = make_model(precision="float64"), prompts(rows=11), noise(11, 12)
+    sampling = how(stop_token_ids=(3, 7, 20, 33, 41, 50, 60))
+    together = ours.generate(given, sampling, drawn, pad_token_id=PAD)
+    admitted, admit = [], slots.Slots.admit
+    monkeypatch.setattr(
+        slots.Slots, "admit", lambda self, p, rows, at, *how: admitted.append((rows, at)) or admit(
+            self, p, rows, at, *how))  # fmt: skip
+    refilled = ours.generate(given, replace(sampling, decode_rows=decode_rows), drawn, pad_token_id=PAD)
+    assert len(admitted[0][0]) == min(decode_rows, 11)
+    assert (len(admitted) > 1) == (decode_rows < 11)
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in admitted]), np.arange(11))
     for name in ("tokens", "mask", "finish"):
-        np.testing.assert_array_equal(getattr(groups, name), getattr(together, name))
-    np.testing.assert_allclose(groups.logprobs, together.logprobs, rtol=0, atol=1e-13)
+        np.testing.assert_array_equal(getattr(refilled, name), getattr(together, name))
+    for name in ("logprobs", "margins"):
+        np.testing.assert_allclose(getattr(refilled, name), getattr(together, name), rtol=0, atol=1e-13)
+
+
+def test_a_free_slot_is_taken_at_once(make_model, monkeypatch):
+    """Two slots, a row of 12 tokens, and shorter ones that follow each other beside it."""
+    ours, steps, advance = make_model(), [], slots.Slots.advance
+    monkeypatch.setattr(slots.Slots, "advance", lambda *inputs: steps.append(1) or advance(*inputs))
+    given, drawn = prompts(rows=13), noise(13, 12)
+    free = ours.generate(given, how(), drawn, pad_token_id=PAD)
+    stops = tuple(set(free.tokens[1:, 0].tolist()) - set(free.tokens[0].tolist()))
+    steps.clear()
+    done = ours.generate(given, how(stop_token_ids=stops, decode_rows=2), drawn, pad_token_id=PAD)
+    after_first = (done.mask.sum(axis=1) - 1).tolist()  # the first token comes with the prefill
+    assert after_first[0] == 11
+    ends = [0, 0]
+    for length in after_first:
+        ends = sorted((ends[0] + length, ends[1]))
+    pairs = [max(after_first[row : row + 2]) for row in range(0, 13, 2)]
+    assert len(steps) == ends[1] < sum(pairs)
     with pytest.raises(ValueError, match="decode_rows must be at least 1"):
         ours.generate(given, how(decode_rows=0), drawn, pad_token_id=PAD)
+
+
+@pytest.mark.parametrize("bug", ["a new row keeps the old one's padding", "a new row draws with another's uniforms"])
+def test_canary_a_slot_that_is_not_wholly_taken_is_seen(make_model, monkeypatch, bug):
+    ours, given, drawn = make_model(precision="float64"), prompts(rows=11), noise(11, 12)
+    together = ours.generate(given, how(), drawn, pad_token_id=PAD)
+    admit = slots.Slots.admit
+
+    def broken(self: Any, prompts: PromptBatch, rows: Any, at: Any, *how: Any) -> None:
+        readable = self.readable.clone()
+        admit(self, prompts, rows, at, *how)
+        if rows[0] > 0 and bug == "a new row keeps the old one's padding":
+            self.readable.copy_(readable)
+        elif rows[0] > 0:
+            self.row[torch.tensor(at)] = 0
+
+    monkeypatch.setattr(slots.Slots, "admit", broken)
+    refilled = ours.generate(given, how(decode_rows=3), drawn, pad_token_id=PAD)
+    assert (refilled.tokens != together.tokens).any()
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

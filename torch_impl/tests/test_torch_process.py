@@ -15,6 +15,7 @@ import warnings
 warnings.simplefilter("default")
 import os
 import numpy as np
+from diptych.layout import Layout, Zero
 from diptych.engine import EngineSettings, Loss, ModelSpec, OptimizerSpec, TokenBatch, TrainBatch, load_engine
 from diptych.weights.huggingface import initial_checkpoint
 
@@ -22,7 +23,7 @@ config = dict(
     model_type="llama", vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
     rms_norm_eps=1e-5, max_position_embeddings=8,
 )
-engine = load_engine("torch", EngineSettings(precision="float32", zero_stage=STAGE))
+engine = load_engine("torch", EngineSettings(precision="PRECISION", layout=Layout(zero=Zero(stage=STAGE))))
 model = engine.model(
     ModelSpec(
         config=config, weights=initial_checkpoint(config, seed=0).weights, head="lm",
@@ -46,10 +47,18 @@ def python(code: str, **changes: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
-def test_one_process_starts_alone_and_says_nothing(stage, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (0, "float32"),
+        pytest.param(3, "float32", marks=pytest.mark.slow),
+        pytest.param(1, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_one_process_starts_alone_and_says_nothing(stage, precision, tmp_path):
     """Without a launcher; and with no compiler in sight, for nothing may be compiled."""
-    done = python(TRAIN.replace("STAGE", str(stage)), CXX="/bin/false", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    code = TRAIN.replace("STAGE", str(stage)).replace("PRECISION", precision)
+    done = python(code, CXX="/bin/false", TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert not any(tmp_path.iterdir())
@@ -63,20 +72,37 @@ def test_importing_the_package_loads_no_framework_and_respects_the_user():
     assert python(code, OMP_WAIT_POLICY="ACTIVE").stdout.split() == ["False", "ACTIVE"]
 
 
-def test_several_processes_are_refused():
-    code = """
+START = """
 from diptych.engine import EngineSettings, load_engine
 try:
-    load_engine("torch", EngineSettings(precision="float32"))
+    load_engine("torch", EngineSettings(precision="float32", distributed=DISTRIBUTED))
 except ValueError as error:
     print(type(error).__name__, error)
 """
-    assert "UserError WORLD_SIZE is 2" in python(code, WORLD_SIZE="2", RANK="0").stdout
+
+
+@pytest.mark.parametrize(
+    ("distributed", "environment", "message"),
+    [
+        (
+            False,
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "UserError WORLD_SIZE is 2: a launcher started several processes: add",
+        ),
+        (True, {}, "UserError --distributed: nothing says which processes belong together"),
+        (True, {"RANK": "0"}, "UserError --distributed: torchrun or deepspeed set RANK, but WORLD_SIZE, LOCAL_RANK"),
+    ],
+    ids=["several without --distributed", "--distributed alone", "half a launcher"],
+)
+def test_launcher_and_settings_must_say_the_same(distributed, environment, message):
+    done = python(START.replace("DISTRIBUTED", str(distributed)), **environment)
+    assert done.stdout.startswith(message), done.stderr
 
 
 CPU_ONLY = """
 import torch
 torch.cuda.is_available = lambda: True
+from diptych.layout import Layout, Zero
 from diptych.engine import EngineSettings, load_engine
 engine = load_engine("torch", EngineSettings(precision="float32", device="cpu"))
 from deepspeed.accelerator import get_accelerator

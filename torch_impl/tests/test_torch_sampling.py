@@ -67,6 +67,32 @@ def test_draws_are_the_definitions_float64(settings, kind):
     np.testing.assert_allclose(margin[clear], expected[2][clear], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["smooth", "tied", "peaked"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_are_the_same_where_rare_cases_are_not_looked_for(monkeypatch, settings, kind):
+    """As on an accelerator; and in a vocabulary of more than FEW tokens, where the CPU ranks only those if it may."""
+    values, noise = logits(kind, vocabulary=sampling.FEW + 40), uniforms(200)
+    looked = draw(values, noise, settings, torch.float64)
+    expected = oracle.sample(values, noise, **settings)
+    clear = (expected[2] > 1e-12) | (settings["temperature"] == 0)
+    np.testing.assert_array_equal(looked[0][clear], expected[0][clear])
+    monkeypatch.setattr(sampling, "_has_none", lambda cases: False)
+    for found, same in zip(draw(values, noise, settings, torch.float64), looked, strict=True):
+        np.testing.assert_array_equal(found, same)
+
+
+def test_few_ranks_are_enough_for_most_distributions(monkeypatch):
+    values, noise = logits("smooth", vocabulary=sampling.FEW + 40), uniforms(200)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 0.7}
+    expected = draw(values, noise, settings, torch.float64)
+    monkeypatch.setattr(torch.Tensor, "sort", lambda *inputs, **options: 1 / 0)
+    for found, same in zip(draw(values, noise, settings, torch.float64), expected, strict=True):
+        np.testing.assert_array_equal(found, same)
+    monkeypatch.setattr(sampling, "FEW", 2)  # the canary: not enough, and seen
+    with pytest.raises(ZeroDivisionError):
+        draw(values, noise, settings, torch.float64)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_draws_are_the_definitions_float32_up_to_near_ties(settings):
     values, noise = logits("smooth").astype(np.float32), uniforms(200)

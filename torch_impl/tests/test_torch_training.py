@@ -1,4 +1,4 @@
-"""Updates: the optimizer's formula, micro-batches, ZeRO stages, averages, checkpoints, and what is refused."""
+"""Updates: the optimizer's formula, micro-batches, ZeRO stages, averages, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from diptych.algorithms import optimizers as oracle
 from diptych.engine import EngineSettings, Loss, OptimizerSpec, TrainBatch, load_engine
 from diptych.errors import UserError
+from diptych.layout import Layout, Zero
 from diptych_torch import optimizer, zero
 
 
@@ -205,75 +206,6 @@ def test_state_and_weights_go_into_another_model(make_model, hot_weights, make_c
         assert furthest(other.weights(), original.weights()) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "float32"), (0, "float64"), (1, "float32"), (2, "float32"), (3, "float32")]
-)
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_checkpoint_resumes_bit_for_bit(
-    make_model, hot_weights, make_config, data, tmp_path, stage, precision, name, monkeypatch
-):
-    """10 steps are 5 steps, a new model with other weights, the checkpoint, and 5 steps."""
-    monkeypatch.setattr(zero, "PERSISTENCE_THRESHOLD", 0)
-    spec = OptimizerSpec(**{**vars(SPECS[name]), "ema_decay": 0.9})
-
-    def steps(model: Any, numbers: range) -> list[dict[str, float]]:
-        return [model.update(LOSS, data, learning_rate=1e-3 * (1 + number)) for number in numbers]
-
-    straight = make_model(optimizer=spec, precision=precision, stage=stage)
-    steps(straight, range(5))
-    straight.save_checkpoint(tmp_path / "five")
-    expected = steps(straight, range(5, 10))
-    other = make_model(optimizer=spec, precision=precision, stage=stage, weights=hot_weights(make_config(), seed=9))
-    steps(other, range(2))
-    other.load_checkpoint(tmp_path / "five")
-    assert other.optimizer_state().step == 5
-    assert steps(other, range(5, 10)) == expected
-    assert_equal(other.weights(), straight.weights())
-    assert_equal(other.ema_weights(), straight.ema_weights())
-    assert_equal(other.optimizer_state().first, straight.optimizer_state().first)
-    # And back in the same model.
-    straight.load_checkpoint(tmp_path / "five")
-    assert steps(straight, range(5, 10)) == expected
-
-
-def test_checkpoints_of_something_else_are_refused(make_model, make_config, tmp_path, data):
-    ours = make_model(optimizer=SPECS["adamw"])
-    ours.update(LOSS, data, learning_rate=1e-3)
-    ours.save_checkpoint(tmp_path / "one")
-    with pytest.raises(UserError, match="not empty"):
-        ours.save_checkpoint(tmp_path / "one")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        ours.load_checkpoint(tmp_path / "two")
-    others = {
-        "mlp.down_proj.weight has shape": {"config": make_config(intermediate_size=40)},
-        "lm_head.weight has shape": {"config": make_config(tie_word_embeddings=True)},
-        "optimizer = 'adamw'": {"optimizer": SPECS["sgd"]},
-        "precision = 'float32'": {"precision": "float64"},
-        "zero_stage = 0": {"stage": 1},
-        "has_ema = False": {"optimizer": OptimizerSpec(name="adamw", ema_decay=0.9)},
-    }
-    for message, changes in others.items():
-        other = make_model(**{"optimizer": SPECS["adamw"], **changes})
-        before = other.weights()
-        with pytest.raises(UserError, match=message):
-            other.load_checkpoint(tmp_path / "one")
-        assert_equal(other.weights(), before)
-    (tmp_path / "one" / "diptych.json").write_text("{")
-    with pytest.raises(UserError, match=r"diptych.json:1: not valid JSON"):
-        ours.load_checkpoint(tmp_path / "one")
-
-
-def test_a_half_written_checkpoint_is_none(make_model, tmp_path, data, monkeypatch):
-    """The manifest comes last: where writing stops before it, there is no checkpoint."""
-    ours = make_model(optimizer=OptimizerSpec(name="adamw", ema_decay=0.5))
-    monkeypatch.setattr("diptych_torch.checkpoint.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        ours.save_checkpoint(tmp_path / "half")
-    assert (tmp_path / "half" / "deepspeed").is_dir()
-    with pytest.raises(UserError, match="not a checkpoint"):
-        ours.load_checkpoint(tmp_path / "half")
-
-
 def test_tensors_are_copies(make_model, make_config, hot_weights, data):
     given = {name: value.astype(np.float32) for name, value in hot_weights(make_config()).items()}
     kept = {name: value.copy() for name, value in given.items()}
@@ -355,9 +287,9 @@ def test_a_non_finite_gradient_shows(make_model, data, stage):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "float64", "zero_stage": 1}, "float64 needs layout.zero.stage 0"),
-        ({"precision": "float32", "zero_stage": 4}, "layout.zero.stage"),
-        ({"precision": "bfloat16"}, "precision"),
+        ({"precision": "float32", "layout": Layout(zero=Zero(stage=4))}, "layout.zero.stage"),
+        ({"precision": "bfloat16"}, "bfloat16 needs layout.zero.stage"),
+        ({"precision": "float16"}, "precision must be one of float32, float64, bfloat16"),
     ],
 )
 def test_settings_that_cannot_be_served(settings, message):
@@ -366,9 +298,12 @@ def test_settings_that_cannot_be_served(settings, message):
 
 
 def test_the_environment_is_recorded():
-    record = load_engine("torch", EngineSettings(precision="float32", zero_stage=2)).environment()
+    layout = Layout(zero=Zero(stage=2, offload_optimizer=True), zero_critic=Zero(stage=1), zero_reward=Zero(stage=3))
+    record = load_engine("torch", EngineSettings(precision="float32", layout=layout)).environment()
     assert record["precision"] == "float32"
-    assert record["zero_stage"] == "2"
+    assert record["zero/policy"] == "stage 2, optimizer in host memory"
+    assert [record[f"zero/{role}"] for role in ("critic", "reference", "reward")] == ["stage 1", "stage 0", "stage 3"]
+    assert record["processes"] == "1"
     assert record["tf32"] == "False"
     assert json.loads(json.dumps(record)) == record
     assert all(record[package] for package in ("torch", "deepspeed", "transformers", "numpy"))

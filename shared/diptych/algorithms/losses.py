@@ -101,11 +101,13 @@ def ppo_policy_loss(
     mask: Shaped[Array, "batch time"],
     clip_range: float,
     num_tokens: Scalar,
+    weights: Float[Array, "batch time"] | None = None,
 ) -> Output:
     """Clipped surrogate, Schulman et al. 2017 eq. 7: sum(mask max(-A rho, -A clip(rho, 1 +- clip_range))) / num_tokens.
 
     rho = exp(logprobs - old_logprobs), the exponent clipped to +-MAX_LOG_RATIO. All arrays [batch, time]; entropy in
-    nats, logged only. num_tokens: masked-in tokens of the optimizer step.
+    nats, logged only. num_tokens: masked-in tokens of the optimizer step. weights: constants, not negative, that each
+    token's term is multiplied by (`diptych.algorithms.importance`); the denominator stays. None: no weights.
 
     Metrics, means over masked-in tokens: `loss/policy_avg` (the loss), `policy/approxkl_avg` (half the mean squared
     log-ratio), `policy/clipfrac_avg` (share of tokens where the clipped loss is the larger), `policy/clamped_avg`
@@ -121,7 +123,8 @@ def ppo_policy_loss(
     ratio = xp.exp(_clip(xp, log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     unclipped = -advantages * ratio
     clipped = -advantages * _clip(xp, ratio, 1.0 - clip_range, 1.0 + clip_range)
-    loss = xp.sum(_only(xp, xp.maximum(unclipped, clipped), keep)) / num_tokens
+    terms = _only(xp, xp.maximum(unclipped, clipped), keep)
+    loss = xp.sum(terms if weights is None else terms * _only(xp, weights, keep)) / num_tokens
 
     def mean(values: Array) -> Array:
         return xp.sum(_only(xp, xp.astype(values, logprobs.dtype), keep)) / num_tokens

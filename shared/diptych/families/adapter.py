@@ -120,11 +120,14 @@ def check_adapter(tensors: Tensors, config: ModelConfig, spec: AdapterSpec, *, w
 
 
 def merge(config: ModelConfig, spec: AdapterSpec, weights: Tensors, adapter: Tensors) -> Tensors:
-    """A copy of `weights` with the adapter merged in: W + alpha / rank B A, computed in float64 and rounded once."""
+    """A copy of `weights`, the model's or a part of them, with the adapter merged in: W + alpha / rank B A, computed in
+    float64 and rounded once."""
     merged = dict(weights)
     for layer in range(config.num_layers):
         for one in adapter_rules(config, spec):
             name = one.rule.name.format(layer=layer)
+            if name not in weights:
+                continue
             a, b = (adapter[part].astype(np.float64) for part in one.names(layer))
             delta = spec.scale * (b @ a)
             merged[name] = (weights[name] + (delta.T if one.transposed else delta)).astype(weights[name].dtype)

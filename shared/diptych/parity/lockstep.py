@@ -22,6 +22,15 @@ from diptych.parity.tolerances import TOLERANCES
 from diptych.stages.rl import PPO, Scored
 from diptych.stages.rollout import Rollout
 
+RUNGS = (
+    "model",
+    "decode",
+    "gradient_relative_l2",
+    "trajectory_relative",
+    "function",
+    "moment_relative_l2",
+    "weights_relative_l2",
+)  # of the table of tolerances, walked in every step
 PERTURBATION = 0.3  # standard deviation of the noise on old log-probabilities and values: well past a clip of 0.2
 
 
@@ -86,7 +95,7 @@ def compare_tokens(a: Rollout, b: Rollout, step: int, *, limit: float) -> tuple[
 def compare_step(a: PPO, b: PPO, rollout: Rollout, prompts: Sequence[PromptExample], step: int) -> list[Difference]:
     """Everything after the tokens, on one rollout."""
     precision = a.recipe.precision
-    limit = {name: tolerance.at(precision) for name, tolerance in TOLERANCES.items()}
+    limit = {rung: TOLERANCES[rung].at(precision) for rung in RUNGS}
     name = f"step {step}"
     mask = rollout.completions.mask
     mine, theirs = a.score(rollout, prompts), b.score(rollout, prompts)

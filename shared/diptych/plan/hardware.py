@@ -87,6 +87,14 @@ ACCELERATORS: Mapping[str, Accelerator] = {
 GPUS_PER_NODE = 8
 
 
+def read_gpu(name: str) -> Accelerator:
+    """`a100`, `h100`, `h200`. UserError for anything else."""
+    gpus = [one.name for one in ACCELERATORS.values() if one.kind == "gpu"]
+    if name not in gpus:
+        raise UserError(f"--gpu {name}: choose one of {', '.join(gpus)}")
+    return ACCELERATORS[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Topology:
     """Chips in a grid. name: as the compiler knows it (`v5e:16x16`)."""

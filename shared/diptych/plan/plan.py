@@ -9,7 +9,7 @@ from typing import Any
 
 from diptych.errors import UserError
 from diptych.plan import memory
-from diptych.plan.hardware import ACCELERATORS, Accelerator, GiB, Topology, read_topology
+from diptych.plan.hardware import Accelerator, GiB, Topology, read_gpu, read_topology
 from diptych.plan.memory import Parts
 from diptych.plan.programs import Program, load_planner
 from diptych.plan.roofline import Rates, Seconds, phase_seconds, rates
@@ -88,7 +88,8 @@ class Plan:
                 "gpus": self.num_gpus,
                 "stages": [
                     {
-                        "stage": one.stage, "memory": one.parts, "total": one.total, "fits": one.fits,
+                        "stage": one.stage, "phase": one.phase, "memory": one.parts, "total": one.total,
+                        "host": one.host, "fits": one.fits,
                         "seconds": {phase: dataclasses.asdict(part) for phase, part in one.times.items()},
                         "rates": dataclasses.asdict(one.rates),
                     }
@@ -107,10 +108,7 @@ def make_plan(recipe: Recipe, topology: str, options: Options, *, report: Callab
     """Plan `recipe` on `topology`. report: told of every compilation. UserError for what cannot be planned at all; a
     layout that does not fit comes back with `too_large`."""
     machine = read_topology(topology)
-    gpu = ACCELERATORS.get(options.gpu)
-    if gpu is None or gpu.kind != "gpu":
-        known = ", ".join(one.name for one in ACCELERATORS.values() if one.kind == "gpu")
-        raise UserError(f"--gpu {options.gpu}: choose one of {known}")
+    gpu = read_gpu(options.gpu)
     workload = read_workload(recipe, machine, search=options.search)
     if not workload.supervised and workload.rollouts is None:
         raise UserError(f"{recipe.name}: 'stages': nothing to plan")
@@ -283,7 +281,7 @@ def assumptions(plan: Plan) -> list[str]:
         lines.append(
             f"DeepSpeed on {plan.num_gpus} x {gpu.title}: {gpu.peak(precision) / 1e12:.0f} TFLOP/s, "
             f"{gpu.memory / GiB:.0f} GiB at {gpu.hbm / 1e9:.0f} GB/s, {gpu.link / 1e9:.0f} GB/s inside a node of 8, "
-            f"{gpu.fabric / 1e9:.0f} GB/s and GPU between nodes; by arithmetic, nothing compiled; the torch engine "
-            "itself trains in float32"
+            f"{gpu.fabric / 1e9:.0f} GB/s and GPU between nodes; by arithmetic, nothing compiled; what is "
+            "offloaded crosses over in no time"
         )
     return lines

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from diptych.plan.hardware import GiB
+from diptych.plan.memory import Parts
 from diptych.plan.plan import Plan, assumptions
 from diptych.run.page import header, page, table, tile
 
@@ -69,19 +70,24 @@ def _columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    phases = list(plan.memory)
-    parts = list(dict.fromkeys(part for one in plan.memory.values() for part in one))
-    fullest = max(sum(one.values()) for one in plan.memory.values())
+    limit = dict.fromkeys(plan.memory, plan.topology.chip.memory)
+    return memory_table("memory of a device", plan.memory, limit)
+
+
+def memory_table(title: str, phases: Mapping[str, Parts], limits: Mapping[str, float | None]) -> list[str]:
+    """Phases side by side: their parts, in MiB where all is small, their sums and (None: not known) their limits."""
+    parts = list(dict.fromkeys(part for one in phases.values() for part in one))
+    fullest = max(sum(one.values()) for one in phases.values())
     unit, divisor = ("GiB", GiB) if fullest > GiB / 10 else ("MiB", 2**20)
 
     def cell(size: float | None) -> str:
         return "" if size is None else f"{size / divisor:.3f}"
 
-    rows = [[f"memory of a device, {unit}", *phases]]
+    rows = [[f"{title}, {unit}", *phases]]
     for part in parts:
-        rows.append([f"  {part}", *(cell(plan.memory[phase].get(part)) for phase in phases)])
-    rows.append(["  total", *(cell(sum(plan.memory[phase].values())) for phase in phases)])
-    rows.append(["  limit", *(cell(plan.topology.chip.memory) for _ in phases)])
+        rows.append([f"  {part}", *(cell(one.get(part)) for one in phases.values())])
+    rows.append(["  total", *(cell(sum(one.values())) for one in phases.values())])
+    rows.append(["  limit", *(cell(limits[phase]) for phase in phases)])
     return _columns(rows)
 
 
@@ -134,6 +140,8 @@ def _zero(plan: Plan) -> list[str]:
         [
             f"DeepSpeed on {plan.num_gpus} x {plan.gpu.name}",
             "GiB of a GPU",
+            "of host",
+            "fullest",
             "largest part",
             "fits",
             "s",
@@ -143,9 +151,10 @@ def _zero(plan: Plan) -> list[str]:
     ]
     for one in plan.zero:
         part = max(one.parts, key=lambda name: one.parts[name])
-        chosen = " (the recipe's)" if one.stage == plan.workload.settings.zero_stage else ""
+        chosen = " (the recipe's)" if one.stage == plan.workload.settings.layout.zero.stage else ""
         rows.append([
-            f"  ZeRO stage {one.stage}{chosen}", f"{one.total / GiB:.1f}", f"{part} {one.parts[part] / GiB:.1f}",
+            f"  ZeRO stage {one.stage}{chosen}", f"{one.total / GiB:.1f}", f"{one.host / GiB:.1f}", one.phase,
+            f"{part} {one.parts[part] / GiB:.1f}",
             "yes" if one.fits else "no", f"{one.rates.seconds:.3g}", f"{one.rates.generated:,.0f}",
             f"{one.rates.dollars:.2f}",
         ])  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from diptych.errors import UserError
+from diptych.recipe.checks_layout import Rule, layout_rules, rollout_rules, zero_rules
 from diptych.recipe.new_model import config_problem, field_problems, new_model
 from diptych.recipe.schema import (
     AdapterRecipe,
@@ -108,6 +109,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "missing_eos_penalty": NOT_NEGATIVE,
         "ema_decay": INSIDE_UNIT,
         "max_kl": POSITIVE,
+        "importance_cap": POSITIVE,
         "eval_every": AT_LEAST_ONE,
         "eval_prompts": AT_LEAST_ONE,
     },
@@ -126,9 +128,6 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
 }
 
 STAGE_DATA: Mapping[Stage, str] = {"sft": "demonstrations", "reward": "preferences", "rl": "prompts"}
-
-# (broken?, the keys concerned with the one to change first, what is wrong and what to do)
-Rule = tuple[bool, Sequence[str], str]
 
 
 def check_recipe(recipe: Recipe, where: str | Callable[[Sequence[str]], str]) -> None:
@@ -153,7 +152,9 @@ def problems(recipe: Recipe) -> Iterator[tuple[Sequence[str], str]]:
             _batch_rules,
             _optimizer_rules,
             _rl_rules,
-            _layout_rules,
+            rollout_rules,
+            layout_rules,
+            zero_rules,
         ):
             for broken, keys, message in rules(recipe):
                 if broken:
@@ -180,11 +181,6 @@ def _stage_rules(r: Recipe) -> Iterator[Rule]:
     yield len(set(r.stages)) < len(r.stages), ("stages",), "names a stage twice; each runs once"
     in_order = tuple(sorted(r.stages, key=order.index))
     yield in_order != r.stages, ("stages",), f"is out of order; write [{', '.join(in_order)}]"
-    yield (
-        r.precision == "float64" and r.layout.zero.stage > 0,
-        ("layout.zero.stage", "precision"),
-        "ZeRO does not run in float64; set layout.zero.stage=0 or precision=float32",
-    )
 
 
 def _model_rules(r: Recipe) -> Iterator[Rule]:
@@ -391,33 +387,6 @@ def _rl_rules(r: Recipe) -> Iterator[Rule]:
         ("rollout.temperature",),
         ("0 is greedy, and greedy answers have no policy gradient; the rl stage needs a temperature above 0"),
     )
-
-
-def _layout_rules(r: Recipe) -> Iterator[Rule]:
-    layout, has_rl = r.layout, "rl" in r.stages
-    for name in ("train", "decode", "critic", "reference", "reward"):
-        mesh, key = getattr(layout, name), f"layout.{name}"
-        if mesh is None:
-            continue
-        sizes = {field.name: getattr(mesh, field.name) for field in dataclasses.fields(mesh)}
-        free = [axis for axis, size in sizes.items() if size == -1]
-        for axis in (axis for axis, size in sizes.items() if size == 0):
-            yield True, (f"{key}.{axis}",), "is 0 devices; give at least 1, or -1 for whatever is left"
-        keys = tuple(f"{key}.{axis}" for axis in free) or (key,)
-        yield len(free) > 1, keys, f"only one axis can be -1 (whatever is left), and {len(free)} are"
-        yield name in ("critic", "reference", "reward") and not has_rl, (key,), "has no effect without the rl stage"
-    below = r.rl.adapter is not None and r.rl.adapter.path is None
-    no_model = {"reference": below, "reward": r.rl.reward.function is not None}
-    why = {
-        "reference": "the reference is the policy without its new adapter ('rl.adapter'), no model of its own",
-        "reward": "the reward is 'rl.reward.function', no model",
-    }
-    for name, is_none in no_model.items():
-        is_set = getattr(layout, name) is not None
-        yield has_rl and is_none and is_set, (f"layout.{name}",), f"has no effect: {why[name]}"
-        waits = name in layout.offload
-        yield waits and not has_rl, ("layout.offload",), "has no effect without the rl stage"
-        yield waits and has_rl and is_none, ("layout.offload",), f"{name} has no effect: {why[name]}"
 
 
 _RESPONSE_KEYS = ("data.max_response_tokens", "rollout.max_new_tokens")

@@ -57,7 +57,8 @@ def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
         if field.default is not dataclasses.MISSING:
             entry["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
         elif field.default_factory is not dataclasses.MISSING:
-            entry["default"] = recipe_to_dict(field.default_factory())
+            default = field.default_factory()
+            entry["default"] = recipe_to_dict(default) if dataclasses.is_dataclass(default) else default
         else:
             required.append(field.name)
         properties[field.name] = entry

@@ -47,6 +47,21 @@ def parse_recipe(path: Path | str) -> Recipe:
     return _read(Path(path), ())[0]
 
 
+def recipe_from_text(text: str, *, name: str) -> Recipe:
+    """A recipe that is in no file (yet), checked as a whole. name: stands for the file in errors."""
+    recipe = _group(read_document(text, name=name), Recipe, "", fallback=name)
+    check_recipe(recipe, where=name)
+    return recipe
+
+
+def settings_from_text(text: str, *, name: str) -> dict[str, Any]:
+    """The settings that a recipe's text holds, as plain nested values and without defaults. UserError where it is no
+    recipe."""
+    document = read_document(text, name=name)
+    _group(document, Recipe, "", fallback=name)
+    return _free(document, "")
+
+
 def recipe_to_dict(recipe: Any) -> dict[str, Any]:
     """The recipe (or a part of it) as plain mappings, lists and scalars, every field present."""
     return {field.name: _plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
@@ -54,9 +69,12 @@ def recipe_to_dict(recipe: Any) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that loads back to an equal one."""
-    return yaml.dump(
-        recipe_to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf
-    )  # fmt: skip
+    return dump_settings(recipe_to_dict(recipe))
+
+
+def dump_settings(settings: Mapping[str, Any]) -> str:
+    """Plain nested settings as YAML that the loader reads back equal."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:

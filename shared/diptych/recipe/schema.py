@@ -267,6 +267,9 @@ class RLRecipe:
     """Whose reading of PPO: where the score lands, what is masked, how advantages are whitened (docs/algorithms.md)."""
     ema_decay: float | None = None
     """Keep a float32 average of the policy with this decay per optimizer step, saved beside it; null: none."""
+    importance_cap: float | None = None
+    """Weigh each token's policy loss by min(p_trainer / p_sampler, cap) (truncated importance sampling, Yao et al.
+    2025), for a sampler that computes other numbers than the trainer; null: no weights."""
     max_kl: float | None = None
     """Stop the run when the mean KL to the reference (nats per response) of a rollout exceeds this; null: never."""
     eval_every: int = 10
@@ -296,9 +299,15 @@ class RolloutRecipe:
     stop: tuple[str, ...] = ()
     """Single tokens, besides the model's end-of-sequence tokens, that end a response."""
     decode_rows: int | None = None
-    """Rows decoded at once; further prompts wait and, in the JAX engine, take the places of finished rows (the
-    torch engine decodes group after group); null: all at once. No number depends on it: it bounds the cache's memory,
-    and rows that end early leave no device idle."""
+    """Rows decoded at once; further prompts wait and take the places of finished rows; null: all at once. No number
+    depends on it: it bounds the cache's memory, and rows that end early leave no device idle."""
+    engine: str = "auto"
+    """What generates. `native`: the engine's own decoding, from a decode copy of the training weights. `deepspeed`:
+    DeepSpeed's hybrid engine (torch engine, the architectures that it supports). `FILE.py:NAME` or `MODULE:NAME`: a
+    server of your own behind `diptych.rollout_server`. `auto` picks and says why."""
+    gate: bool = True
+    """Before the first rollout, and after every resume: generate for a few prompts greedily and compare every token and
+    log-probability with the training forward's; stop where they differ. false: start without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +316,11 @@ class ZeroRecipe:
 
     stage: Literal[0, 1, 2, 3] = 0
     """What is partitioned: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where optimizer state and float32 masters lie and are updated: on the accelerator, or in the host's memory
+    (stage 1 and above)."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Where parameters wait between uses: on the accelerator, or in the host's memory (stage 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +350,7 @@ class DecodeMeshRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchRecipe:
-    """How the policy's weights get from the train mesh to the decode mesh before a rollout."""
+    """How the policy's weights get from the train mesh (from ZeRO's partitions) to the decode copy before a rollout."""
 
     chunk_mb: int | None = None
     """Cast and move at most about so many megabytes (of the decode copy, on all devices together) at a time; null: all
@@ -351,7 +365,13 @@ class LayoutRecipe:
     """How models lie on the machine."""
 
     zero: ZeroRecipe = field(default_factory=ZeroRecipe)
-    """The torch engine's ZeRO."""
+    """The torch engine's ZeRO, of whatever is trained; frozen models are split at stage 3."""
+    zero_critic: ZeroRecipe | None = None
+    """The critic's ZeRO in rl; null: as `zero`."""
+    zero_reference: ZeroRecipe | None = None
+    """The reference's ZeRO in rl (stage 0 or 3: it has no optimizer); null: stage 3 where `zero` has it, else 0."""
+    zero_reward: ZeroRecipe | None = None
+    """The reward model's ZeRO in rl; null: as the reference's."""
     train: TrainMeshRecipe = field(default_factory=TrainMeshRecipe)
     """The mesh on which the JAX engine trains and scores."""
     decode: DecodeMeshRecipe = field(default_factory=DecodeMeshRecipe)
@@ -363,16 +383,16 @@ class LayoutRecipe:
     reward: TrainMeshRecipe | None = None
     """The reward model's mesh in rl (JAX engine); null: the train mesh."""
     offload: tuple[Literal["reference", "reward"], ...] = ()
-    """Frozen models of rl that wait in the host's memory between their uses (JAX engine)."""
+    """Frozen models of rl that wait in the host's memory between their uses."""
     switch: SwitchRecipe = field(default_factory=SwitchRecipe)
-    """From the train mesh to the decode mesh (JAX engine)."""
+    """From the weights that are trained to those that generate."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """The JAX engine's attention: auto takes cuDNN's flash attention on GPUs in bfloat16, Pallas splash attention in
     training on TPUs, and XLA elsewhere; what was taken is in environment.json. A named one that cannot run is an
     error."""
     remat: Literal["full", "dots", "none"] = "full"
-    """Which activations the JAX engine's backward pass makes again instead of keeping them: all of a layer, all but the
-    results of matrix products, or none. Changes memory and speed, never numbers beyond rounding."""
+    """Which activations the backward pass makes again instead of keeping them: all of a layer, all but the results of
+    matrix products, or none. Changes memory and speed, never numbers beyond rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +400,8 @@ class CheckpointRecipe:
     """Checkpoints that `--resume` goes on from. Models of finished stages are always saved."""
 
     every: int = 0
-    """Steps (sft, reward) or iterations (rl) between checkpoints; 0: only finished stages."""
+    """Steps (sft, reward) or iterations (rl) between checkpoints, of which one is after the last; 0: only the models of
+    finished stages."""
     keep: int = 2
     """Newest checkpoints of a stage to keep."""
 
@@ -397,7 +418,7 @@ class Recipe:
     """Stages to run, in this order."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """Precision of weights, activations and optimizer. float64 is for comparing engines on a CPU. bfloat16: activations
-    and matrix products in bfloat16 over float32 master weights, gradients' sums and moments (JAX engine)."""
+    and matrix products in bfloat16 over float32 master weights, gradients' sums and moments."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The model to start from."""
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -412,6 +433,9 @@ class Recipe:
     """Sampling in stage 3."""
     layout: LayoutRecipe = field(default_factory=LayoutRecipe)
     """Where models lie."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further settings of DeepSpeed's own configuration (torch engine), as its documentation writes them; what the
+    recipe already says is an error here."""
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     """When training state is saved."""
     logprob_chunk: int = 1024

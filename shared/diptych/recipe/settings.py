@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from diptych.engine import EngineSettings
-from diptych.layout import Layout, MeshShape
-from diptych.recipe.schema import DecodeMeshRecipe, Recipe, TrainMeshRecipe
+from diptych.layout import Layout, MeshShape, Zero
+from diptych.recipe.schema import DecodeMeshRecipe, Recipe, TrainMeshRecipe, ZeroRecipe
 
 
 def engine_settings(recipe: Recipe, *, distributed: bool = False) -> EngineSettings:
     """The settings of a run of `recipe`; distributed: as one of several processes."""
     return EngineSettings(
         precision=recipe.precision,
-        zero_stage=recipe.layout.zero.stage,
         remat=recipe.layout.remat,
         layout=layout(recipe),
         attention=recipe.layout.attention,
         distributed=distributed,
+        rollout=recipe.rollout.engine,
+        deepspeed=recipe.deepspeed,
     )
 
 
@@ -32,6 +33,18 @@ def layout(recipe: Recipe) -> Layout:
         offload=wanted.offload,
         switch_chunk=None if chunk is None else chunk * 2**20,
         switch_check=wanted.switch.check,
+        zero=_zero(wanted.zero),
+        zero_critic=wanted.zero_critic and _zero(wanted.zero_critic),
+        zero_reference=wanted.zero_reference and _zero(wanted.zero_reference),
+        zero_reward=wanted.zero_reward and _zero(wanted.zero_reward),
+    )
+
+
+def _zero(wanted: ZeroRecipe) -> Zero:
+    return Zero(
+        stage=wanted.stage,
+        offload_optimizer=wanted.offload_optimizer == "cpu",
+        offload_param=wanted.offload_param == "cpu",
     )
 
 

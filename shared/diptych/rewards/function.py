@@ -29,19 +29,23 @@ RewardFunction = Callable[[list[str], list[str], list[Mapping[str, Any]]], Seque
 def load_function(reference: str, *, directory: str | Path = ".") -> RewardFunction:
     """The function that `FILE.py:NAME` (FILE relative to `directory`) or `MODULE:NAME` names. UserError where it cannot
     be had."""
+    return cast(RewardFunction, load_target(f"reward function {reference!r}", reference, directory=directory))
+
+
+def load_target(what: str, reference: str, *, directory: str | Path = ".") -> Callable[..., Any]:
+    """What `FILE.py:NAME` (FILE relative to `directory`) or `MODULE:NAME` names, something callable. what: its name in
+    errors. UserError where it cannot be had."""
     place, colon, name = reference.rpartition(":")
     if not colon or not place or not name:
-        raise UserError(f"reward function {reference!r}: write FILE.py:NAME or MODULE:NAME")
-    module = _load_file(Path(directory) / place, reference) if place.endswith(".py") else _load_module(place, reference)
+        raise UserError(f"{what}: write FILE.py:NAME or MODULE:NAME")
+    module = _load_file(Path(directory) / place, what) if place.endswith(".py") else _load_module(place, what)
     if not hasattr(module, name):
         offered = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise UserError(
-            f"reward function {reference!r}: {place} has no {name!r}; it has {', '.join(offered) or 'nothing callable'}"
-        )
-    function: Any = getattr(module, name)
-    if not callable(function):
-        raise UserError(f"reward function {reference!r}: {name!r} is not callable but {type(function).__name__}")
-    return cast(RewardFunction, function)
+        raise UserError(f"{what}: {place} has no {name!r}; it has {', '.join(offered) or 'nothing callable'}")
+    target: Any = getattr(module, name)
+    if not callable(target):
+        raise UserError(f"{what}: {name!r} is not callable but {type(target).__name__}")
+    return target
 
 
 def call(
@@ -76,11 +80,11 @@ def call(
     return rewards
 
 
-def _load_file(path: Path, reference: str) -> Any:
+def _load_file(path: Path, what: str) -> Any:
     if not path.is_file():
-        raise UserError(f"reward function {reference!r}: no such file: {path}")
+        raise UserError(f"{what}: no such file: {path}")
     path = path.resolve()
-    name = f"diptych_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    name = f"diptych_target_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, path  # the suffix .py always has a loader
     assert spec.loader is not None, path
@@ -90,15 +94,15 @@ def _load_file(path: Path, reference: str) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UserError(f"reward function {reference!r}: {path} fails to import: {_one_line(error)}") from error
+        raise UserError(f"{what}: {path} fails to import: {_one_line(error)}") from error
     return module
 
 
-def _load_module(name: str, reference: str) -> Any:
+def _load_module(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise UserError(f"reward function {reference!r}: module {name} fails to import: {_one_line(error)}") from error
+        raise UserError(f"{what}: module {name} fails to import: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

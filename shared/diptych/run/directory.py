@@ -31,7 +31,8 @@ from diptych.recipe.schema import Recipe, Stage
 from diptych.world import SINGLE, World
 
 Status = Literal["running", "done"]
-_FIXED = "layout.zero."  # DeepSpeed's partitions are part of its checkpoints
+# Settings, and groups of them, of where and by what the numbers are made, not of what they are.
+_PLACES = ("layout", "deepspeed", "rollout.engine", "rollout.gate")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -57,7 +58,8 @@ class RunDirectory:
         """Make OUTPUT, or go on in it where it holds the same recipe on the same engine.
 
         The list `stages` of the recipe may differ: it selects, and what ran is in state.json. So may the layout on the
-        devices, which changes no number beyond rounding: a run goes on on other machines. `stages` are those asked for
+        devices (meshes, ZeRO, DeepSpeed's settings) and what generates, which change no number beyond rounding: a run
+        goes on on other machines. What is different is noted in environment.json. `stages` are those asked for
         now; without `resume` none of them may have been begun there. Raises UserError and writes nothing otherwise.
         """
         output = Path(output)
@@ -195,7 +197,7 @@ class RunDirectory:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def _check_same(self, recipe: Recipe, engine: str) -> dict[str, Any]:
-        """UserError where another run is here. Returns the settings of the layout that are other than at its start."""
+        """UserError where another run is here. Returns the settings in `_PLACES` that are other than at its start."""
         output = self.path
         if not output.is_dir():
             raise UserError(f"{output}: is a file; choose another --output")
@@ -208,7 +210,8 @@ class RunDirectory:
                 f"{output}: holds a run that cannot be continued ({error}); choose another --output"
             ) from None
         changed = differences(stored, recipe)
-        layout = {key: ours for key, _, ours in changed if key.startswith("layout.") and not key.startswith(_FIXED)}
+        free = tuple(f"{place}." for place in _PLACES)
+        layout = {key: ours for key, _, ours in changed if f"{key}.".startswith(free)}
         other = next((one for one in changed if one[0] not in layout), None)
         if other is not None:
             key, theirs, ours = other

@@ -35,9 +35,10 @@ def start_adapter(
 
 
 def merged_weights(checkpoint: Checkpoint, spec: AdapterSpec, weights: Tensors, adapter: Tensors) -> Tensors:
-    """A copy of `weights` with an adapter, and a scalar head trained beside it, merged in."""
+    """A copy of `weights`, the model's or a part of them, with an adapter, and a scalar head trained beside it, merged
+    in."""
     merged = merge(checkpoint.model, spec, weights, {name: part for name, part in adapter.items() if name != SCORE})
-    if SCORE in adapter:
+    if SCORE in adapter and "score.weight" in weights:
         merged["score.weight"] = adapter[SCORE]
     return merged
 

@@ -14,14 +14,15 @@ import numpy as np
 from diptych.algorithms.schedules import learning_rate
 from diptych.data.examples import PairExample, PromptExample, Split, TokenExample
 from diptych.data.tokenizer import Tokenizer
-from diptych.engine import MASTERS, Engine, Metrics, Model, ModelSpec, OptimizerSpec, Role
+from diptych.engine import MASTERS, Engine, Metrics, Model, ModelSpec, OptimizerSpec, Role, Tensors
 from diptych.families.decoder import DecoderConfig
-from diptych.families.family import ModelConfig
+from diptych.families.family import ModelConfig, tensor_shapes
 from diptych.recipe.schema import AdapterRecipe, OptimizerRecipe, Recipe
 from diptych.run.directory import RunDirectory
 from diptych.stages.adapters import merged_weights, start_adapter
 from diptych.weights.adapters import Adapter, write_adapter
 from diptych.weights.huggingface import Checkpoint, write_checkpoint
+from diptych.weights.tensors import StreamedTensors
 
 NUM_SAMPLES = 6  # answers shown in the report before and after a stage
 
@@ -34,15 +35,27 @@ class Datasets:
     preferences: Split[PairExample] | None = None
     prompts: Split[PromptExample] | None = None
 
+    def longest(self) -> dict[str, int]:
+        """Tokens of the longest row of each stage; of rl: of its longest prompt."""
+        splits = {"sft": self.demonstrations, "reward": self.preferences, "rl": self.prompts}
+        return {
+            stage: max(len(part.tokens) for example in (*split.train, *split.held_out) for part in _parts(example))
+            for stage, split in splits.items()
+            if split is not None
+        }
+
     def fingerprint(self) -> str:
         """A checksum of every token of every example, in their order."""
         mark = 0
         for split in (self.demonstrations, self.preferences, self.prompts):
             for example in () if split is None else (*split.train, *split.held_out):
-                parts = (example.chosen, example.rejected) if isinstance(example, PairExample) else (example,)
-                for part in parts:
+                for part in _parts(example):
                     mark = zlib.crc32(np.asarray(part.tokens, "<i4").tobytes(), mark)
         return f"{mark:08x}"
+
+
+def _parts(example: TokenExample | PairExample | PromptExample) -> tuple[TokenExample | PromptExample, ...]:
+    return (example.chosen, example.rejected) if isinstance(example, PairExample) else (example,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +135,7 @@ class StageContext:
         """Leave what was trained (or its average): models/NAME whole, and of an adapter models/NAME-adapter too."""
         spec = model.spec.adapter
         if spec is None:
-            self.save_model(name, like, model.ema_weights() if ema else model.weights(), role=role)
+            self.save_model(name, like, model.ema_weights if ema else model.weights, role=role)
             return
         adapter = Adapter(spec=spec, weights=model.ema_weights() if ema else model.adapter_weights())
         directory, origin = self.run.model_path(f"{name}-adapter"), self.tokenizer_directories[role]
@@ -131,10 +144,17 @@ class StageContext:
             lambda: write_adapter(directory, adapter, like.model, like.head, base=base, tokenizer_directory=origin),
             leaves=directory,
         )
-        self.save_model(name, like, merged_weights(like, spec, model.weights(), adapter.weights), role=role)
 
-    def save_model(self, name: str, like: Checkpoint, weights: Mapping[str, Any], *, role: str) -> Path:
-        """Write models/NAME with `like`'s config, these weights and the tokenizer of the role that it started from."""
+        def merged(names: Sequence[str]) -> Tensors:
+            return merged_weights(like, spec, model.weights(names), adapter.weights)
+
+        self.save_model(name, like, merged, role=role)
+
+    def save_model(self, name: str, like: Checkpoint, read: Callable[[Sequence[str]], Tensors], *, role: str) -> Path:
+        """Write models/NAME with `like`'s config and the tokenizer of the role that it started from.
+
+        read: names -> those tensors of the model. Every process reads all of them, some at a time; process 0 writes.
+        """
         directory = self.run.model_path(name)
         tokenizer = self.tokenizers[role]
         ends = tokenizer.eos_token_ids  # Llama 3 has several
@@ -143,11 +163,12 @@ class StageContext:
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
         }
-        checkpoint = replace(like, config=like.config | tokens, weights=dict(weights))
+        shapes = tensor_shapes(like.model, like.head)
+        kind = np.dtype(MASTERS[self.recipe.precision])
+        weights = StreamedTensors(shapes, dict.fromkeys(shapes, kind), read)
+        checkpoint = replace(like, config=like.config | tokens, weights=weights)
         origin = self.tokenizer_directories[role]
-        self.run.world.first(
-            lambda: write_checkpoint(directory, checkpoint, tokenizer_directory=origin), leaves=directory
-        )
+        write_checkpoint(directory, checkpoint, tokenizer_directory=origin, world=self.run.world)
         return directory
 
 

@@ -21,8 +21,8 @@ def check_sampler_gap(gap: float, rollout: Rollout, precision: Precision, iterat
         raise InvariantError(
             f"rl iteration {iteration + 1}: the sampler's log-probabilities differ from the training forward's by up "
             f"to {gap:.3g} (limit {limit:.0e}) over {int(rollout.completions.mask.sum())} tokens: stale decode "
-            f"weights, "
-            f"wrong positions of padded prompts, or a broken cache"
+            f"weights, wrong positions of padded prompts, or a broken cache; of a rollout server also other kernels, "
+            f"which rl.importance_cap allows for"
         )
 
 

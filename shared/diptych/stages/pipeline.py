@@ -1,12 +1,15 @@
 """A whole run: check everything, then work through the stages, then summarise.
 
 Bad input is found before the first byte is written: the engine is loaded, the tokenizer and the data of every requested
-stage are read, and the input models' configs are checked; only then is the run directory made.
+stage are read, the input models' configs are checked, and what they will take of the memory is counted; only then is
+the run directory made.
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +22,15 @@ from diptych.engine import Engine, Role, load_engine
 from diptych.errors import UserError
 from diptych.families.decoder import DecoderConfig
 from diptych.families.family import ModelConfig, read_model
+from diptych.plan.launch import check_launch, describe_launch, plan_launch
+from diptych.plan.workload import Known
 from diptych.recipe.checks import check_recipe
 from diptych.recipe.load import dump_recipe
 from diptych.recipe.new_model import new_model_config
 from diptych.recipe.schema import NewModel, Recipe, Source, Stage
 from diptych.recipe.settings import engine_settings
-from diptych.rewards.function import load_function
+from diptych.rewards.function import load_function, load_target
+from diptych.rollout_server import is_server
 from diptych.run.directory import RunDirectory
 from diptych.run.environment import describe_environment
 from diptych.run.report import write_report
@@ -78,6 +84,7 @@ def run_stages(context: StageContext, stages: Sequence[Stage] | None = None) -> 
             continue
         run.begin(stage)
         run.finish(stage, STAGES[stage](context))
+        gc.collect()  # its models refer to themselves, and the next stage needs the memory
         run.world.first(lambda: write_report(run.path))
     return run.summary()
 
@@ -110,6 +117,9 @@ def prepare(
             for target in (recipe.rl.reward.function, recipe.rl.evaluation_function):
                 if target is not None:
                     load_function(target)
+            if is_server(recipe.rollout.engine):
+                load_target(f"rollout server {recipe.rollout.engine}", recipe.rollout.engine)
+        _check_memory(engine, recipe, stages, Known(models=configs, longest=datasets.longest()))
         engine.world.agree(
             "the recipe, its stages, models and data",
             lambda: f"{dump_recipe(recipe)}{stages} {resume} {output} {configs} {datasets.fingerprint()}",
@@ -251,6 +261,17 @@ def _check_layout(engine: Engine, configs: Mapping[str, ModelConfig], stages: Se
             engine.check_model(config, role)
     if "rl" in stages and "reward_model" not in configs:  # the critic starts from the policy
         engine.check_model(configs["policy"], "critic")
+
+
+def _check_memory(engine: Engine, recipe: Recipe, stages: Sequence[Stage], known: Known) -> None:
+    """Print what each process will hold, and stop where that cannot fit. Engines that say nothing are left alone."""
+    memory = engine.memory()
+    if memory is None:
+        return
+    launch = plan_launch(recipe, stages, num_processes=engine.world.count, memory=memory, known=known)
+    if engine.world.is_main:
+        print(describe_launch(launch), file=sys.stderr)
+    check_launch(launch)
 
 
 def _reader(

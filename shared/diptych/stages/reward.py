@@ -48,6 +48,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         reads="scores",
         options=(("center_coef", settings.center_coef),),
         balance=context.balance(checkpoint.model),
+        group=2,
     )
     supervision = Supervision(
         stage="reward",

@@ -8,54 +8,37 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from diptych import random
 from diptych.algorithms.dialects import DIALECTS, Experience, experience
+from diptych.algorithms.importance import importance_metrics, importance_weights
 from diptych.algorithms.losses import ppo_policy_loss, ppo_value_loss
 from diptych.data.batches import order
 from diptych.data.examples import PromptExample
-from diptych.engine import MASTERS, Loss, Metrics, Model, TrainBatch
+from diptych.engine import Loss, Metrics, TrainBatch
 from diptych.errors import InvariantError
-from diptych.rewards.function import call, load_function
+from diptych.parity.tolerances import coarser
 from diptych.run.metrics import MetricsLogger
 from diptych.run.progress import Progress
-from diptych.stages.adapters import BelowAdapter
 from diptych.stages.checkpoints import Checkpoints
-from diptych.stages.context import NUM_SAMPLES, Clock, StageContext, optimizer_spec, schedule
+from diptych.stages.context import NUM_SAMPLES, Clock, StageContext, schedule
+from diptych.stages.gate import Gate, check_gate
 from diptych.stages.invariants import check_first_ratio, check_reference, check_sampler_gap
-from diptych.stages.reading import Reader, Reading, own_reading
-from diptych.stages.rollout import Rollout, roll_out, sampling_of
-from diptych.weights.huggingface import Checkpoint, read_checkpoint, with_scalar_head
-from diptych.world import World
-
-Scorer = Callable[[Rollout, Reading, Sequence[PromptExample]], Float[np.ndarray, " rows"]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Models:
-    """The models. score: the reward model or function; evaluate: scores held-out answers; read: how reward model and
-    critic see a rollout."""
-
-    policy: Model
-    reference: Model | BelowAdapter
-    critic: Model
-    score: Scorer
-    evaluate: Scorer
-    read: Reader
-    policy_checkpoint: Checkpoint
-    critic_checkpoint: Checkpoint
+from diptych.stages.reading import Reading
+from diptych.stages.rl_models import Models, build_models
+from diptych.stages.rollout import Rollout, Sampler, roll_out, sampling_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A rollout with everything that was computed about it; arrays [rows, new], response-aligned."""
+    """A rollout with everything that was computed about it; arrays [rows, new], response-aligned. weights: of
+    truncated importance sampling, where there is."""
 
     rollout: Rollout
     reading: Reading
@@ -64,6 +47,7 @@ class Scored:
     values: np.ndarray
     scores: np.ndarray
     experience: Experience
+    weights: np.ndarray | None = None
 
 
 @dataclass
@@ -81,13 +65,18 @@ class Timer:
 
 def run_rl(context: StageContext) -> dict[str, Any]:
     """Train the policy by PPO, leave models/rl, rl-critic and (where kept) rl-ema, and return the stage's summary."""
-    settings = context.recipe.rl
+    models = build_models(context)
+    with models.server or nullcontext():
+        return _train(context, PPO(context, models))
+
+
+def _train(context: StageContext, ppo: PPO) -> dict[str, Any]:
+    settings, models = context.recipe.rl, ppo.models
     split = context.datasets.prompts
     assert split is not None, "the pipeline reads the data of every stage that it runs"
-    models = build_models(context)
-    ppo = PPO(context, models)
     checkpoints = Checkpoints(context, "rl", {"policy": models.policy, "critic": models.critic})
     start, progress = checkpoints.load()
+    ppo.updates = start * settings.epochs * settings.mini_batches
     clock = Clock(before=progress.get("seconds", 0.0))
     generated = int(progress.get("generated_tokens", 0))
     before: Metrics = progress.get("eval_before", {})
@@ -101,6 +90,8 @@ def run_rl(context: StageContext) -> dict[str, Any]:
         Progress(settings.iterations, "rl", initial=start, silent=not context.run.world.is_main) as bar,
         checkpoints,
     ):
+        if context.recipe.rollout.gate and start < settings.iterations:
+            ppo.gate(split.train)
         if start == 0:
             before = latest = ppo.evaluate(held_out, when="before")
             logger.log(0, before)
@@ -122,7 +113,7 @@ def run_rl(context: StageContext) -> dict[str, Any]:
                 shown={"score": metrics["objective/scores"], "kl": last_kl, "eval": latest["eval/score"]},
             )
             every = context.recipe.checkpoint.every
-            if every and done % every == 0 and done < settings.iterations:
+            if every and (done % every == 0 or done == settings.iterations):
                 state = {
                     "seconds": clock.seconds(),
                     "generated_tokens": generated,
@@ -154,65 +145,6 @@ def run_rl(context: StageContext) -> dict[str, Any]:
     }
 
 
-def build_models(context: StageContext) -> Models:
-    """Put actor, reference, critic and reward on the accelerator."""
-    recipe, settings = context.recipe, context.recipe.rl
-    policy_checkpoint = read_checkpoint(context.model_directories["policy"], precision=MASTERS[recipe.precision])
-    rows = settings.micro_batch_size
-    optimizer = optimizer_spec(settings.optimizer)
-    if "reward_model" in context.model_directories:
-        critic_checkpoint = read_checkpoint(
-            context.model_directories["reward_model"], precision=MASTERS[recipe.precision]
-        )
-        reward_model = context.model(critic_checkpoint, optimizer=None, micro_batch_size=rows, role="reward")
-        score = _model_scorer(reward_model)
-    else:
-        critic_checkpoint = with_scalar_head(policy_checkpoint, seed=recipe.seed, zero=True)
-        assert settings.reward.function is not None, "checked with the recipe"
-        score = _function_scorer(settings.reward.function, context.run.world)
-    evaluation = settings.evaluation_function
-    policy = context.model(
-        policy_checkpoint,
-        optimizer=optimizer_spec(settings.optimizer, ema_decay=settings.ema_decay),
-        micro_batch_size=rows,
-        adapter=settings.adapter,
-    )
-    if settings.adapter is not None and settings.adapter.path is None:
-        reference = BelowAdapter(policy)  # a new adapter changes nothing: below it is what the policy starts as
-    else:
-        reference = context.model(
-            policy_checkpoint, optimizer=None, micro_batch_size=rows, role="reference", adapter=settings.adapter
-        )
-    return Models(
-        policy=policy,
-        reference=reference,
-        critic=context.model(
-            critic_checkpoint,
-            optimizer=optimizer,
-            micro_batch_size=rows,
-            role="critic",
-            adapter=settings.critic_adapter,
-        ),
-        score=score,
-        evaluate=_function_scorer(evaluation, context.run.world) if evaluation else score,
-        read=context.reader or own_reading,
-        policy_checkpoint=policy_checkpoint,
-        critic_checkpoint=critic_checkpoint,
-    )
-
-
-def _model_scorer(reward: Model) -> Scorer:
-    return lambda _rollout, reading, _prompts: reading.end_scores(reward.scores(reading.tokens))
-
-
-def _function_scorer(target: str, world: World) -> Scorer:
-    """Process 0 asks the function, and the others take its answers: a judge may answer twice differently."""
-    function = load_function(target)
-    return lambda rollout, _reading, prompts: world.first(
-        lambda: call(function, [prompt.text for prompt in prompts], rollout.texts, [prompt.data for prompt in prompts])
-    )
-
-
 class PPO:
     """One PPO run's fixed parts, and an iteration of it."""
 
@@ -223,6 +155,7 @@ class PPO:
         self.settings = settings = context.recipe.rl
         self.sampling = sampling_of(self.recipe, context.tokenizer)
         self.dialect = DIALECTS[settings.dialect]
+        self.updates = 0  # optimizer steps of the policy so far
         num_updates = settings.iterations * settings.epochs * settings.mini_batches
         self.policy_rate = schedule(settings.learning_rate, settings.optimizer, num_updates)
         critic_peak = settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate
@@ -242,6 +175,11 @@ class PPO:
             balance=context.balance(models.critic_checkpoint.model),
         )
 
+    @property
+    def sampler(self) -> Sampler:
+        """What generates: the server where there is one, else the policy itself."""
+        return self.models.policy if self.models.server is None else self.models.server
+
     def prompts(self, train: Sequence[PromptExample], iteration: int) -> list[PromptExample]:
         """The prompts of an iteration, each `samples_per_prompt` times in a row."""
         settings = self.settings
@@ -256,16 +194,17 @@ class PPO:
         timer = Timer()
         began = time.perf_counter()
         compiled = self.context.engine.compilations()
-        metrics = self.models.policy.rollout_metrics()  # of an evaluation before
+        metrics = self.sampler.rollout_metrics()  # of an evaluation before
         with timer.phase("rollout"):
             rollout = self.roll_out(prompts, purpose="rl/rollout", step=iteration)
-        switched = self.models.policy.rollout_metrics()
+        switched = self.sampler.rollout_metrics()
         timer.seconds["rollout"] -= switched.get("timing_s/switch", 0.0)
         metrics |= switched
         with timer.phase("score"):
             scored = self.score(rollout, prompts)
         metrics |= self.describe(scored)
-        check_sampler_gap(metrics["rollout/logprob_gap_max"], rollout, self.recipe.precision, iteration)
+        if self.models.server is None or self.settings.importance_cap is None:
+            check_sampler_gap(metrics["rollout/logprob_gap_max"], rollout, self.recipe.precision, iteration)
         if iteration == 0:
             check_reference(scored.logprobs, scored.ref_logprobs, rollout.completions.mask, self.recipe.precision)
         if self.settings.max_kl is not None and metrics["objective/kl"] > self.settings.max_kl:
@@ -295,6 +234,7 @@ class PPO:
         reading = models.read(rollout, prompts)
         values = reading.values(models.critic.scores(reading.tokens))
         scores = np.asarray(models.score(rollout, reading, prompts), dtype=logprobs.dtype)
+        done, cap = rollout.completions, settings.importance_cap
         return Scored(
             rollout=rollout,
             reading=reading,
@@ -317,6 +257,7 @@ class PPO:
                 whiten_rewards=settings.whiten_rewards,
                 score_clip=settings.score_clip,
             ),
+            weights=None if cap is None else importance_weights(logprobs, done.logprobs, done.mask, cap=cap),
         )
 
     def update(self, scored: Scored, iteration: int) -> Metrics:
@@ -334,6 +275,7 @@ class PPO:
                 policy = self.models.policy.update(
                     self.policy_loss, self.policy_batch(scored, chosen), learning_rate=self.policy_rate(step)
                 )
+                self.updates += 1
                 if not per_step:
                     check_first_ratio(policy["policy/ratio_deviation_max"], self.recipe.precision, iteration)
                 critic = self.models.critic.update(
@@ -359,6 +301,8 @@ class PPO:
         made, rollout = scored.experience, scored.rollout
         mask = made.policy_mask.astype(scored.logprobs.dtype)
         arrays = {"old_logprobs": scored.logprobs, "advantages": made.advantages, "mask": mask}
+        if scored.weights is not None:
+            arrays["weights"] = scored.weights
         return TrainBatch(
             tokens=rollout.tokens.take(rows),
             arrays={name: rollout.at_response(value)[rows] for name, value in arrays.items()},
@@ -384,7 +328,12 @@ class PPO:
         gap = np.where(mask, np.abs(done.logprobs - scored.logprobs), 0.0)
         kl = (scored.logprobs - scored.ref_logprobs)[mask]
         penalty = -self.settings.kl_coef * made.kl_per_response
-        return scored.reading.metrics | {
+        metrics = dict(scored.reading.metrics)
+        if (cap := self.settings.importance_cap) is not None and scored.weights is not None:
+            metrics |= importance_metrics(scored.weights, mask, cap=cap)
+        if np.isfinite(done.margins[mask]).all():  # a server need not tell them
+            metrics["rollout/margin_min"] = float(done.margins[mask].min())
+        return metrics | {
             "objective/kl": float(np.where(mask, scored.logprobs - scored.ref_logprobs, 0.0).sum(axis=1).mean()),
             "objective/kl_k3_per_token": float(np.mean(np.exp(-kl) - 1 + kl)),
             "objective/entropy": float(-(np.where(mask, scored.logprobs, 0.0)).sum(axis=1).mean()),
@@ -403,7 +352,6 @@ class PPO:
             "rollout/logprob_gap_max": float(gap.max()),
             "rollout/logprob_gap_mean": float(gap.sum() / mask.sum()),
             "rollout/token_mult_prob_error": float(np.exp(gap[mask]).mean()),
-            "rollout/margin_min": float(done.margins[mask].min()),
             # Exact in a float64: equal checksums are equal tokens, on another engine or after a resume.
             "rollout/tokens_crc32": float(zlib.crc32(np.where(mask, done.tokens, -1).astype("<i4").tobytes())),
         }
@@ -441,7 +389,7 @@ class PPO:
             repeats[prompt.row] = repeat + 1
             rows.append(prompt.row + (repeat << 40))
         return roll_out(
-            self.models.policy,
+            self._ready(),
             prompts,
             rows=rows,
             sampling=self.sampling,
@@ -451,6 +399,29 @@ class PPO:
             purpose=purpose,
             step=step,
         )
+
+    def gate(self, train: Sequence[PromptExample]) -> Gate:
+        """Stop the run unless what generates is what is trained."""
+        server = self.models.server
+        return check_gate(
+            self._ready(),
+            self.models.policy,
+            train,
+            recipe=self.recipe,
+            sampling=self.sampling,
+            tokenizer=self.context.tokenizer,
+            precision=self.recipe.precision if server is None else coarser(server.precision, self.recipe.precision),
+            name=f"the {self.context.engine.name} engine (rollout.engine {self.recipe.rollout.engine})"
+            if server is None
+            else server.where,
+            quiet=not self.context.run.world.is_main,
+        )
+
+    def _ready(self) -> Sampler:
+        """The sampler, with the weights that the policy has now."""
+        if self.models.server is not None:
+            self.models.server.load(updates=self.updates)
+        return self.sampler
 
     def _penalised(self, scores: np.ndarray, rollout: Rollout) -> np.ndarray:
         penalty = self.settings.missing_eos_penalty

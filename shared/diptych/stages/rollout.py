@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from diptych import random
 from diptych.data.batches import join, prompt_batch
 from diptych.data.examples import PromptExample, TokenExample
 from diptych.data.tokenizer import Tokenizer
-from diptych.engine import Completions, Finish, Model, PromptBatch, Sampling, TokenBatch
+from diptych.engine import Completions, Finish, Metrics, Model, PromptBatch, Sampling, TokenBatch
 from diptych.errors import UserError
 from diptych.recipe.schema import Recipe
 from diptych.stages.context import StageContext
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What generates: a model of an engine, or a server (`served.ServedPolicy`). See `diptych.engine.Model`."""
+
+    def generate(
+        self, prompts: PromptBatch, sampling: Sampling, uniforms: Float[np.ndarray, "batch new"], *, pad_token_id: int
+    ) -> Completions: ...
+
+    def rollout_metrics(self) -> Metrics: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +44,7 @@ class Rollout:
         """[rows] bool: the response ended by itself."""
         return self.completions.finish == Finish.STOP
 
-    def of_response(self, columns: Float[np.ndarray, "rows time"]) -> Float[np.ndarray, "rows new"]:
+    def of_response(self, columns: Shaped[np.ndarray, "rows time"]) -> Shaped[np.ndarray, "rows new"]:
         """Token-aligned columns of the responses."""
         return columns[:, self.tokens.first :]
 
@@ -72,7 +84,7 @@ def sampling_of(recipe: Recipe, tokenizer: Tokenizer) -> Sampling:
 
 
 def roll_out(
-    model: Model,
+    sampler: Sampler,
     prompts: Sequence[PromptExample],
     *,
     rows: Sequence[int],
@@ -86,7 +98,7 @@ def roll_out(
     """Sample one response to each prompt. The draws are keyed by (seed, purpose, step, row id, position)."""
     batch = prompt_batch(prompts, buckets=buckets, pad_token_id=tokenizer.pad_token_id)
     uniforms = random.uniforms(seed, purpose, step=step, rows=rows, num_positions=sampling.max_new_tokens)
-    completions = model.generate(batch, sampling, uniforms, pad_token_id=tokenizer.pad_token_id)
+    completions = sampler.generate(batch, sampling, uniforms, pad_token_id=tokenizer.pad_token_id)
     texts = [
         tokenizer.decode(tokens[mask].tolist())
         for tokens, mask in zip(completions.tokens, completions.mask, strict=True)

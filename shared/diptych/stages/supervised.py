@@ -84,7 +84,7 @@ def train(context: StageContext, supervision: Supervision) -> SupervisedResult:
             logger.log(done, metrics)
             bar.advance(tokens=tokens, shown={"loss": metrics["loss"]} | {k: v for k, v in last.items() if "/" in k})
             every = context.recipe.checkpoint.every
-            if every and done % every == 0 and done < total:
+            if every and (done % every == 0 or done == total):
                 state = {"seconds": clock.seconds(), "eval_first": first, "eval_last": last}
                 checkpoints.save(done, state)
     return SupervisedResult(first=first, last=last, seconds=clock.seconds(), steps=total)

@@ -87,6 +87,20 @@ def read_adapter(directory: Path, model: ModelConfig, head: Head, *, precision: 
 
     Raises UserError for a missing or broken file, a setting that is not computed, or tensors that are not this model's.
     """
+    spec = read_adapter_spec(directory)
+    try:
+        tensors = {name: value.astype(precision) for name, value in load_file(directory / TENSORS).items()}
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{directory / TENSORS}: not a readable safetensors file: {error}") from None
+    _check(tensors, model, spec, head, where=str(directory))
+    return Adapter(spec=spec, weights=tensors)
+
+
+def read_adapter_spec(directory: Path) -> AdapterSpec:
+    """Rank, alpha and targets of an adapter; its tensors are not read.
+
+    Raises UserError for a missing or broken file, and for a setting that is not computed.
+    """
     path = directory / CONFIG
     if not path.is_file():
         raise UserError(f"{directory}: not an adapter (no {CONFIG})")
@@ -103,17 +117,11 @@ def read_adapter(directory: Path, model: ModelConfig, head: Head, *, precision: 
     saved = config.get("modules_to_save") or []
     if saved not in ([], ["score"]):
         raise UserError(f"{path}: modules_to_save = {saved}: only a scalar head, ['score'], is read")
-    spec = AdapterSpec(
+    return AdapterSpec(
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         targets=(targets,) if isinstance(targets, str) else tuple(targets or ()),
     )
-    try:
-        tensors = {name: value.astype(precision) for name, value in load_file(directory / TENSORS).items()}
-    except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{directory / TENSORS}: not a readable safetensors file: {error}") from None
-    _check(tensors, model, spec, head, where=str(directory))
-    return Adapter(spec=spec, weights=tensors)
 
 
 def _check(tensors: Tensors, model: ModelConfig, spec: AdapterSpec, head: Head, *, where: str) -> None:

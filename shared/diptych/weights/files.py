@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from diptych.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 # In the order in which the safetensors library lays tensors out: widest first, so that each is aligned.
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -94,9 +94,9 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files of a checkpoint, and the index's map from tensor to file name (None for a single file)."""
     index = directory / INDEX
     if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise UserError(f"{directory}: no {SINGLE} (other weight formats are not read: convert them first)")
-        return [directory / SINGLE], None
+        if not (directory / SINGLE_FILE).is_file():
+            raise UserError(f"{directory}: no {SINGLE_FILE} (other weight formats are not read: convert them first)")
+        return [directory / SINGLE_FILE], None
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
@@ -121,6 +121,12 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
+def file_order(entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> list[str]:
+    """The names in the order in which their tensors lie in a file."""
+    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+    return sorted(entries, key=lambda name: (rank[entries[name][0]], name))
+
+
 def write_tensors(
     file: Path,
     entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
@@ -131,8 +137,7 @@ def write_tensors(
     Raises UserError where a finite value does not fit the type that it is cast to.
     """
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
-    rank = {dtype: place for place, dtype in enumerate(kinds)}
-    names = sorted(entries, key=lambda name: (rank[entries[name][0]], name))
+    names = file_order(entries)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:

@@ -24,8 +24,9 @@ from diptych.errors import UserError
 from diptych.families.family import ModelConfig, family, initial_value, read_model, tensor_rules, tensor_shapes
 from diptych.weights.card import Provenance, model_card, read_provenance
 from diptych.weights.contents import Contents, misfits, read_config, read_contents, tied_copy_differs
-from diptych.weights.files import DTYPES, INDEX, SINGLE, plan_shards, write_tensors
-from diptych.weights.tensors import LazyTensors, tensor_dtypes_of, tensor_shapes_of
+from diptych.weights.files import DTYPES, INDEX, SINGLE_FILE, file_order, plan_shards, write_tensors
+from diptych.weights.tensors import LazyTensors, stream, tensor_dtypes_of, tensor_shapes_of
+from diptych.world import SINGLE, World
 
 __all__ = [
     "Checkpoint", "check_checkpoint", "check_tensors", "initial_checkpoint", "read_checkpoint", "read_config",
@@ -101,6 +102,7 @@ def write_checkpoint(
     dtype: Dtype = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     provenance: Provenance | None = None,
+    world: World = SINGLE,
 ) -> None:
     """Write a complete model directory beside `directory` and move it into place, so that none is ever half-written.
 
@@ -109,14 +111,17 @@ def write_checkpoint(
     index, where they take more than this (one larger tensor has a file of its own). tokenizer_directory: its tokenizer,
     chat template and licence files are copied byte for byte, and its generation_config.json is kept, with the token ids
     of config.json. provenance: for the model card; None: what the directories themselves tell. Existing contents of
-    `directory` are replaced.
+    `directory` are replaced. world: the processes that the model lies on: all of them read its tensors (which may take
+    all of them) and process 0 writes; its error is raised in all.
     """
     check_tensors(checkpoint.weights, checkpoint.model, checkpoint.head, where=str(directory))
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        dtypes = _write_weights(partial, checkpoint, dtype, max_shard_bytes)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def complete() -> None:
         config = _config_for_head(checkpoint, dtypes)
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", _generation_config(config, tokenizer_directory))
@@ -125,12 +130,21 @@ def write_checkpoint(
         known = provenance or read_provenance(directory, source=tokenizer_directory)
         card = model_card(directory.name, checkpoint.model, checkpoint.head, config["dtype"], known)
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+    def put_in_place() -> None:
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+
+    world.first(begin)
+    try:
+        dtypes = _write_weights(partial, checkpoint, dtype, max_shard_bytes, world)
+        world.first(complete)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    if directory.exists():
-        shutil.rmtree(directory)
-    partial.rename(directory)
+    world.first(put_in_place, leaves=directory)
 
 
 def initial_checkpoint(config: dict[str, Any], *, seed: int) -> Checkpoint:
@@ -174,7 +188,9 @@ def with_scalar_head(checkpoint: Checkpoint, *, seed: int, zero: bool = False) -
     return replace(checkpoint, weights=weights, head="scalar")
 
 
-def _write_weights(directory: Path, checkpoint: Checkpoint, dtype: Dtype, limit: int) -> dict[str, np.dtype]:
+def _write_weights(
+    directory: Path, checkpoint: Checkpoint, dtype: Dtype, limit: int, world: World
+) -> dict[str, np.dtype]:
     """Write the tensors; returns the type that each was written in."""
     shapes = tensor_shapes(checkpoint.model, checkpoint.head)
     own = tensor_dtypes_of(checkpoint.weights)
@@ -184,14 +200,40 @@ def _write_weights(directory: Path, checkpoint: Checkpoint, dtype: Dtype, limit:
     shards = plan_shards(sizes, limit)
     weight_map: dict[str, str] = {}
     for index, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         entries = {name: (dtypes[name], shapes[name]) for name in names}
-        write_tensors(directory / file, entries, lambda wanted: ((name, checkpoint.weights[name]) for name in wanted))
+        _write_file(directory / file, entries, checkpoint.weights, world)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(directory / INDEX, index)
+        world.first(lambda: _write_json(directory / INDEX, index))
     return dtypes
+
+
+def _write_file(
+    file: Path,
+    entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    weights: Mapping[str, np.ndarray],
+    world: World,
+) -> None:
+    """Every process reads the file's tensors, process 0 writes them. Where it cannot, it still reads the rest with the
+    others, and its error is raised in all."""
+    tensors = stream(weights, file_order(entries))
+    failure: list[Exception] = []
+    if world.is_main:
+        try:
+            write_tensors(file, entries, lambda _: tensors)
+        except Exception as error:
+            failure.append(error)
+    if world.count > 1:
+        for _ in tensors:
+            pass
+
+    def report() -> None:
+        if failure:
+            raise failure[0]
+
+    world.first(report)
 
 
 def _config_for_head(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Shaped
+
+# Bytes of tensors that are asked for at once where several at a time cost less than one by one.
+GROUP = 2**30
 
 
 class LazyTensors(Mapping[str, np.ndarray]):
@@ -43,6 +46,48 @@ class LazyTensors(Mapping[str, np.ndarray]):
         assert value.shape == self.shapes[name], f"{name}: shape {value.shape} where {self.shapes[name]} was promised"
         value.flags.writeable = False
         return value
+
+
+class StreamedTensors(LazyTensors):
+    """Tensors of a model on an accelerator, some at a time. read: names -> tensors; where the model lies on several
+    processes it is collective, and so is then whatever reads them."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, np.dtype],
+        read: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
+    ) -> None:
+        super().__init__(shapes, dtypes, lambda name: read([name])[name])
+        self._read_group = read
+
+    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+        """These tensors in order, read in groups of at most `GROUP` bytes (of one tensor at least)."""
+        group: list[str] = []
+        size = 0
+        for name in names:
+            more = int(np.prod(self.shapes[name], dtype=np.int64)) * self.dtypes[name].itemsize
+            if group and size + more > GROUP:
+                yield from self._read_in_order(group)
+                group, size = [], 0
+            group.append(name)
+            size += more
+        if group:
+            yield from self._read_in_order(group)
+
+    def _read_in_order(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        found = dict(self._read_group(names))
+        for name in names:
+            yield name, self._finished(name, found.pop(name))
+
+
+def stream(weights: Mapping[str, np.ndarray], names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """These tensors in order, no more of them in memory at a time than reading takes."""
+    if isinstance(weights, StreamedTensors):
+        yield from weights.stream(names)
+    else:
+        for name in names:
+            yield name, weights[name]
 
 
 def tensor_shapes_of(weights: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
