@@ -191,7 +191,10 @@ CASES = {
     "sft, offload": (SFT + " --offload --zero_stage 2", {
         "layout.zero.stage": 2, "layout.zero.offload_optimizer": "cpu", "layout.zero.offload_param": "none",
     }),
-    "sft, offload at stage 0": (SFT + " --offload", {"layout.zero.offload_optimizer": "none"}),
+    "sft, offload at stage 0": (SFT + " --offload", {
+        "layout.zero.offload_optimizer": "none", "layout.zero.stage": 1,
+    }),
+    "rl, stages 0 and 1": (RL + " --critic_zero_stage 1", {"layout.zero.stage": 1, "layout.zero_critic": None}),
     "reward": (
         "deepspeed --num_gpus 4 main.py --model_name_or_path m --num_padding_at_beginning 0 --eval_interval 50 "
         "--eval_iters 10 --per_device_eval_batch_size 3 --gradient_accumulation_steps 2", {
@@ -228,7 +231,7 @@ CASES = {
         "layout.offload": ["reward"],
     }),
     "rl, critic alone at 3": (RL + " --critic_zero_stage 3", {
-        "layout.zero.stage": 0, "layout.zero_critic.stage": 3, "layout.zero_reward.stage": 3,
+        "layout.zero.stage": 1, "layout.zero_critic.stage": 3, "layout.zero_reward.stage": 3,
     }),
     "rl, adapters": (
         RL + " --actor_zero_stage 3 --critic_zero_stage 3 --offload --offload_reference_model --actor_lora_dim 4 "

@@ -201,7 +201,7 @@ def _frozen_and_critic(made: Conversion) -> None:
     command = made.command
     actor, critic = command.value("--actor_zero_stage"), command.value("--critic_zero_stage")
     has_reference = command.value("--actor_lora_dim") <= 0
-    if actor != critic:
+    if max(1, actor) != max(1, critic):
         _zero(made, "layout.zero_critic", "--critic_zero_stage")
     else:
         made.note("--critic_zero_stage", "as layout.zero")
@@ -318,7 +318,7 @@ def _zero(made: Conversion, key: str, flag: str) -> None:
     stage, offload = made.command.value(flag), made.command.value("--offload")
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{flag} {stage}: ZeRO has stages 0, 1, 2 and 3")
-    made.put(f"{key}.stage", stage, flag)
+    made.put(f"{key}.stage", max(1, stage), flag)
     if offload and stage == 0:
         made.note("--offload", f"nothing to do at {flag} 0, which partitions and offloads nothing")
     elif offload:

@@ -62,6 +62,7 @@ _EOT = (
     "tokenizer's files"
 )
 _FLOAT32_LOSS = "log-softmax and losses are always taken in float32"
+_STAGE_0 = "0 becomes 1: at stage 0 DeepSpeed sums gradients in bfloat16; on one GPU stage 1 holds the same"
 _RUN = "the run directory has it: `diptych run --output DIR`"
 
 FLAGS: tuple[Flag, ...] = (
@@ -125,9 +126,12 @@ FLAGS: tuple[Flag, ...] = (
     # Memory and precision
     _flag("--dtype", "text", "123", "fp16", "differs", "precision", choices=("fp16", "bf16"),
           note="bfloat16 over float32 masters; fp16 and its loss scale are not offered"),
-    _flag("--zero_stage", "integer", "12", 0, "setting", "layout.zero.stage"),
-    _flag("--actor_zero_stage", "integer", "3", 0, "setting", "layout.zero.stage"),
-    _flag("--critic_zero_stage", "integer", "3", 0, "setting", "layout.zero_critic.stage", "layout.zero_reward.stage"),
+    _flag("--zero_stage", "integer", "12", 0, "differs", "layout.zero.stage",
+          note=_STAGE_0),
+    _flag("--actor_zero_stage", "integer", "3", 0, "differs", "layout.zero.stage",
+          note=_STAGE_0),
+    _flag("--critic_zero_stage", "integer", "3", 0, "differs", "layout.zero_critic.stage", "layout.zero_reward.stage",
+          note=_STAGE_0),
     _flag("--offload", "switch", "123", False, "setting", "layout.zero.offload_optimizer", "layout.zero.offload_param",
           note="optimizer state at stages 1 and 2, parameters too at stage 3"),
     _flag("--offload_reference_model", "switch", "3", False, "differs", "layout.offload",
