@@ -36,7 +36,7 @@ from diptych.world import SINGLE, World
 # (reward functions, exports). A process that dies is noticed by its launcher, not by this.
 TIMEOUT = timedelta(hours=3)
 # Seconds that a process waits before it ends (`_leave`).
-PAUSE = 0.2
+PAUSE = 1.0
 # Who says which process this is: rank, number of processes, number on its host.
 LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
