@@ -247,6 +247,26 @@ BROKEN = {
         "layout.zero_reward",
         "no model",
     ),
+    "rows at once with deepspeed": (
+        {"rollout__engine": "deepspeed", "rollout__decode_rows": 4},
+        "rollout.decode_rows",
+        "takes all rows at once",
+    ),
+    "processes together with deepspeed": (
+        {"rollout__engine": "deepspeed", "layout__decode__tensor": 2},
+        "layout.decode.tensor",
+        "on every process",
+    ),
+    "a copy's check with deepspeed": (
+        {"rollout__engine": "deepspeed", "layout__switch__check": "logprobs"},
+        "layout.switch.check",
+        "themselves",
+    ),
+    "a copy's pieces with deepspeed": (
+        {"rollout__engine": "deepspeed", "layout__switch__chunk_mb": 64},
+        "layout.switch.chunk_mb",
+        "themselves",
+    ),
 }
 
 

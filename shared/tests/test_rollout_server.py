@@ -4,8 +4,6 @@ process of its own is in parity_tests/test_gate.py."""
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +18,8 @@ from diptych.rewards.function import load_target
 from diptych.rollout_server import BUILT_IN, Answer, Request, is_server, read_answer
 from diptych.stages import served
 from diptych.stages.served import ServedPolicy
-from diptych.world import SINGLE, World
+from diptych.world import SINGLE
+from shared.tests.test_world import in_all
 
 SAMPLING = Sampling(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=4, stop_token_ids=(2, 3))
 REQUEST = Request(
@@ -294,30 +293,6 @@ def test_a_server_that_fails_to_take_weights_does_not_count_as_having_them(targe
 def test_a_factory_that_makes_no_server_is_refused(target, tmp_path, name, error, message):
     with pytest.raises(error, match=message):
         serve(f"{target}:{name}", Policy(), tmp_path)
-
-
-def in_all(work, count=3):
-    """What `work(world)` gives in each of `count` processes, threads here; an error is a result too."""
-    barrier, slots = threading.Barrier(count, timeout=20), [None] * count
-
-    def gather_for(index):
-        def gather(message):
-            slots[index] = message
-            barrier.wait()
-            found = np.stack(slots)
-            barrier.wait()
-            return found
-
-        return gather
-
-    def process(index):
-        try:
-            return work(World(index=index, count=count, gather=gather_for(index)))
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(process, range(count)))
 
 
 def test_one_process_talks_to_the_server_and_all_have_its_answer(target, tmp_path, monkeypatch):

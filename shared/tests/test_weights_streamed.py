@@ -23,7 +23,7 @@ from diptych.weights import huggingface, tensors
 from diptych.weights.adapters import read_adapter
 from diptych.weights.files import write_tensors
 from diptych.weights.huggingface import initial_checkpoint, with_scalar_head, write_checkpoint
-from diptych.weights.tensors import StreamedTensors, stream
+from diptych.weights.tensors import StreamedTensors, in_groups, stream
 from shared.tests.test_stages_checkpoints import QUICKSTART, NoEngine
 from shared.tests.test_world import in_all
 
@@ -247,3 +247,11 @@ def test_what_was_trained_is_written_whole(tmp_path, tokenizer_directory, head, 
         found = read_adapter(tmp_path / "run" / "models" / "sft-adapter", model, head, precision="float32")
         kept = adapter_average if ema else adapter
         assert all(np.array_equal(found.weights[name], kept[name]) for name in kept)
+
+
+def test_groups_hold_what_fits_and_at_least_one():
+    sizes = {"a": 12, "b": 8, "c": 36, "d": 4}
+    assert list(in_groups(sizes, 20)) == [["a", "b"], ["c"], ["d"]]
+    assert list(in_groups(sizes, 60)) == [["a", "b", "c", "d"]]
+    assert list(in_groups({"c": 36, "d": 4}, 20)) == [["c"], ["d"]]
+    assert list(in_groups({}, 20)) == []

@@ -87,7 +87,7 @@ def load(directory: Path, shards: Shards, trained: Mapping[str, nn.Parameter], d
         stored = StoredShards(directory, _read_index(directory), manifest["zero_stage"])
         for name, parameter in trained.items():
             start, piece = shards.piece(parameter)
-            stored.check(name, shards.numel(parameter), start, len(piece), keys)
+            stored.check(name, zero.whole_shape(parameter).numel(), start, len(piece), keys)
         return manifest, stored
 
     opened: list[tuple[dict[str, Any], StoredShards]] = []

@@ -167,8 +167,8 @@ def _rollout(wanted: str) -> str:
     """What generates, and why."""
     if wanted == "auto":
         return (
-            "native (auto: it serves every architecture, gathers once a rollout and is checked; DeepSpeed's hybrid "
-            "engine serves few, and none of them faster)"
+            "native (auto: it serves every architecture and adapters, gathers once a rollout and refills rows; "
+            "DeepSpeed's hybrid engine serves few)"
         )
     return wanted
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine import OptimizerSpec
+from diptych_torch.zero import whole_shape
 
 
 class SGD(torch.optim.Optimizer):
@@ -36,9 +37,8 @@ class SGD(torch.optim.Optimizer):
 
 def build(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of these parameters; weight decay on those of two or more dimensions. Its lr is set every step."""
-    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
-    decayed = [parameter for name, parameter in parameters.items() if len(shapes[name]) >= 2]
-    others = [parameter for name, parameter in parameters.items() if len(shapes[name]) < 2]
+    decayed = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) >= 2]
+    others = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) < 2]
     groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if spec.name == "sgd":
         return SGD(groups, lr=0.0, momentum=spec.momentum, weight_decay=0.0)

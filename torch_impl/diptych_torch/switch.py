@@ -12,7 +12,7 @@ that the optimizer updates on the one side and over the copy on the other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from diptych.engine import AdapterSpec
 from diptych.errors import InvariantError
 from diptych.families.family import ModelConfig
+from diptych.weights.tensors import in_groups
 from diptych_torch import adapter as adapters
 from diptych_torch import zero
-from diptych_torch.zero import Shards
+from diptych_torch.zero import Shards, whole_shape
 
 # Bytes that are gathered at a time where the recipe does not say: little beside a model that needs stage 3.
 GROUP = 2**30
@@ -65,7 +66,8 @@ def switch(
     moved = 0
     merge = None
     for everything in (added, weights):
-        for names in groups(everything, chunk or GROUP, dtype.itemsize):
+        sizes = {name: whole_shape(one).numel() * dtype.itemsize for name, one in everything.items()}
+        for names in in_groups(sizes, chunk or GROUP):
             with zero.whole([everything[name] for name in names]):
                 for name in names:
                     parameter = everything[name]
@@ -85,21 +87,6 @@ def switch(
     if next(iter(copies.values())).is_cuda:
         torch.cuda.synchronize()
     return Switched({name: copies[name] for name in weights}, time.perf_counter() - start, moved)
-
-
-def groups(parameters: Mapping[str, nn.Parameter], size: int, itemsize: int) -> Iterator[list[str]]:
-    """Names in their order, in groups of at most `size` bytes (of one parameter at least)."""
-    names: list[str] = []
-    held = 0
-    for name, parameter in parameters.items():
-        numel = parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()  # pyright: ignore[reportAttributeAccessIssue]
-        if names and held + numel * itemsize > size:
-            yield names
-            names, held = [], 0
-        names.append(name)
-        held += numel * itemsize
-    if names:
-        yield names
 
 
 def fingerprint(flat: Tensor, start: int = 0) -> Tensor:
@@ -152,5 +139,5 @@ def _of_training(parameter: nn.Parameter, shards: Shards | None, dtype: torch.dt
         return fingerprint(piece.to(dtype), start).to(parameter.device)
     split: Any = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
     start = dist.get_rank() * split.numel()
-    size = max(0, min(split.numel(), parameter.ds_numel - start))  # pyright: ignore[reportAttributeAccessIssue]
+    size = max(0, min(split.numel(), whole_shape(parameter).numel() - start))
     return fingerprint(split.detach().view(-1)[:size], start).to(parameter.device)

@@ -193,6 +193,11 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
         yield
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's own shape; stage 3 leaves it empty between uses."""
+    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @contextlib.contextmanager
 def plain_linear() -> Iterator[None]:
     """Inside, linear layers are torch's own. For the whole process stage 3 replaces `torch.nn.functional.linear` by one
@@ -260,7 +265,9 @@ class Shards:
             zero = self._engine.optimizer
             group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
             start = dist.get_rank() * size
-            return Place(group, offset, start, max(0, min(size, self.numel(parameter) - start)))  # the last are padded
+            return Place(
+                group, offset, start, max(0, min(size, whole_shape(parameter).numel() - start))
+            )  # the last are padded
         found = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
         if found is None:
             return Place(0, 0, 0, 0)
@@ -276,10 +283,10 @@ class Shards:
     def read(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
         """A copy of the whole master or state, in the parameter's shape, on every process. Collective."""
         start, piece = self.piece(parameter, key)
-        shape = self.shape(parameter)
+        shape = whole_shape(parameter)
         if self.stage == 0:
             return piece.clone().view(shape)
-        full = torch.zeros(self.numel(parameter), dtype=piece.dtype, device=self._engine.device)
+        full = torch.zeros(whole_shape(parameter).numel(), dtype=piece.dtype, device=self._engine.device)
         full[start : start + len(piece)] = piece.to(full.device)
         if world_size() > 1:
             dist.all_reduce(full)
@@ -289,13 +296,6 @@ class Shards:
         """Replace the whole master or state; every process has all of `value`."""
         start, piece = self.piece(parameter, key)
         piece.copy_(value.reshape(-1)[start : start + len(piece)])
-
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The parameter's own shape; stage 3 leaves it empty between uses."""
-        return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape  # pyright: ignore[reportAttributeAccessIssue]
-
-    def numel(self, parameter: nn.Parameter) -> int:
-        return self.shape(parameter).numel()
 
     def keys(self) -> list[str]:
         """The names of what the optimizer keeps beside the masters: moments, the average."""

@@ -126,12 +126,6 @@ def joined(prompts: PromptBatch, done: Any) -> Any:
     return join(prompts, done)
 
 
-def test_groups_hold_what_fits_and_at_least_one():
-    parameters = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in zip("abcd", (3, 2, 9, 1), strict=True)}
-    assert list(switch.groups(parameters, 20, 4)) == [["a", "b"], ["c"], ["d"]]
-    assert list(switch.groups({}, 20, 4)) == []
-
-
 @pytest.mark.parametrize("chunk", [1, 2**12])
 def test_the_size_of_groups_changes_nothing(make, prompts, chunk):
     made = [sample(make(precision="float64", zero=Zero(stage=3), switch_chunk=size), prompts) for size in (None, chunk)]

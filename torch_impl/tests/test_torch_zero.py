@@ -179,6 +179,45 @@ def test_offload_changes_no_number(make, data, stage, offload):
     assert plain["grad_norm 0"] > 2 * 0.3  # clipping is at work
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_frozen_model_waits_in_host_memory_between_uses(data, hot_weights, make_config, monkeypatch, stage):
+    """layout.offload: whole ones are put on the device for a pass and taken off again (here onto copies), split ones
+    are DeepSpeed's to offload; the numbers stay."""
+    config = make_config()
+    zero_reference, found = Zero(stage=stage), []
+    for offload in ((), ("reference",)):
+        layout = Layout(zero_reference=zero_reference, offload=offload)
+        engine = load_engine("torch", EngineSettings(precision="float32", layout=layout, deepspeed=SPLIT))
+        spec = ModelSpec(
+            config=config, weights=hot_weights(config), head="lm", optimizer=None, micro_batch_size=2, role="reference"
+        )
+        found.append(engine.model(spec))
+    here, waiting = found
+    expected = here.logprobs(data.tokens, temperature=1.0)
+    if stage == 3:
+        assert here._deepspeed.zero_offload_param() is None
+        assert waiting._deepspeed.zero_offload_param().device == "cpu"
+        np.testing.assert_array_equal(waiting.logprobs(data.tokens, temperature=1.0), expected)
+        return
+    waiting._waits_on_host = True  # no accelerator is here
+    home = {name: weight.data_ptr() for name, weight in waiting._weights.items()}
+    to = torch.Tensor.to
+
+    def across(self: Any, *inputs: Any, **options: Any) -> Any:
+        moved = to(self, *inputs, **options)
+        return moved.clone() if "non_blocking" in options else moved
+
+    monkeypatch.setattr(torch.Tensor, "to", across)
+    used: list[int] = []
+    waiting._network.register_forward_pre_hook(
+        lambda module, _: used.append(module.named_weights()["lm_head.weight"].data_ptr())
+    )
+    np.testing.assert_array_equal(waiting.logprobs(data.tokens, temperature=1.0), expected)
+    assert len(used) == 2
+    assert home["lm_head.weight"] not in used
+    assert {name: one.data_ptr() for name, one in waiting._network.named_weights().items()} == home
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_keeps_masters_in_float32(make, data, stage):
     """They are the weights as given, not as rounded; a step far below bfloat16's resolution is not lost; the first one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from diptych.recipe.schema import Recipe
+from diptych.recipe.schema import Recipe, SwitchRecipe
 from diptych.rollout_server import BUILT_IN, is_server
 
 # As in `checks`: (broken?, the keys concerned with the one to change first, what is wrong and what to do)
@@ -14,6 +14,15 @@ Rule = tuple[bool, Sequence[str], str]
 
 def rollout_rules(r: Recipe) -> Iterator[Rule]:
     engine = r.rollout.engine
+    if engine == "deepspeed":
+        why = "has no effect with rollout.engine = deepspeed, {}; take it away"
+        whole = "whose module takes all rows at once on every process"
+        yield r.rollout.decode_rows is not None, ("rollout.decode_rows", "rollout.engine"), why.format(whole)
+        yield r.layout.decode.tensor != 1, ("layout.decode.tensor", "rollout.engine"), why.format(whole)
+        for name in ("check", "chunk_mb"):
+            changed = getattr(r.layout.switch, name) != getattr(SwitchRecipe(), name)
+            keys = (f"layout.switch.{name}", "rollout.engine")
+            yield changed, keys, why.format("which generates from the training weights themselves")
     if not is_server(engine):
         return
     source, _, name = engine.rpartition(":")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -18,6 +17,7 @@ from diptych.families.adapter import merge
 from diptych.families.family import read_model, tensor_shapes
 from diptych.rewards.function import load_target
 from diptych.rollout_server import Request, RolloutServer, ServerStart, read_answer
+from diptych.weights.tensors import in_groups
 from diptych.world import World
 
 PIECE = 256 * 2**20  # bytes of weights that are brought to the host and sent at a time, where the recipe says nothing
@@ -49,7 +49,7 @@ class ServedPolicy:
         self._dtype = np.float64 if precision == "float64" else np.float32
         itemsize = 8 if MASTERS[precision] == "float64" else 4
         sizes = {name: itemsize * math.prod(shape) for name, shape in tensor_shapes(self._model, "lm").items()}
-        self._pieces = _pieces(sizes, piece or PIECE)
+        self._pieces = list(in_groups(sizes, piece or PIECE))
         self._server: RolloutServer | None = None
         # Of this process alone: what another run has left in the server has another version.
         self._mark = uuid.uuid4().hex[:8]
@@ -140,16 +140,3 @@ class ServedPolicy:
 
     def _version(self, updates: int) -> str:
         return f"{self._mark}-{updates}"
-
-
-def _pieces(sizes: dict[str, int], limit: int) -> Sequence[Sequence[str]]:
-    """The names in their order, in runs of at most `limit` bytes or of one tensor."""
-    pieces: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if not pieces or size > room:
-            pieces.append([])
-            room = limit
-        pieces[-1].append(name)
-        room -= size
-    return pieces

@@ -11,6 +11,20 @@ from jaxtyping import Shaped
 GROUP = 2**30
 
 
+def in_groups(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in their order, in groups of at most `limit` bytes (of one tensor at least). sizes: bytes of each."""
+    group: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if group and held + size > limit:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    if group:
+        yield group
+
+
 class LazyTensors(Mapping[str, np.ndarray]):
     """A mapping from name to tensor, each read or computed anew when it is looked up.
 
@@ -63,16 +77,8 @@ class StreamedTensors(LazyTensors):
 
     def stream(self, names: Sequence[str]) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
         """These tensors in order, read in groups of at most `GROUP` bytes (of one tensor at least)."""
-        group: list[str] = []
-        size = 0
-        for name in names:
-            more = int(np.prod(self.shapes[name], dtype=np.int64)) * self.dtypes[name].itemsize
-            if group and size + more > GROUP:
-                yield from self._read_in_order(group)
-                group, size = [], 0
-            group.append(name)
-            size += more
-        if group:
+        sizes = {name: int(np.prod(self.shapes[name], dtype=np.int64)) * self.dtypes[name].itemsize for name in names}
+        for group in in_groups(sizes, GROUP):
             yield from self._read_in_order(group)
 
     def _read_in_order(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
