@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 help:
 	@echo "make demo       set up, run all three stages on both engines, compare them (about ten minutes)"
-	@echo "make test       set up, run every test (about 25 minutes on two cores)"
+	@echo "make test       set up, run every test (about 30 minutes on two cores)"
 	@echo "make test-fast  the tests without the slow ones"
 	@echo "make lint       ruff, pyright, import laws"
 	@echo "make format     let ruff rewrite"

@@ -1,7 +1,7 @@
 """The recipes of recipes/families: 20 steps of `sft` on both engines in lockstep, float32.
 
 Before every step both engines stand on the same weights and optimizer state; gradients per tensor, metrics, moments and
-new weights of each step are compared (`diptych.parity.lockstep` does the same for PPO).
+new weights of each step are compared (`diptych.parity.lockstep` does it for whole recipes).
 """
 
 from __future__ import annotations

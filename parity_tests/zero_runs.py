@@ -91,26 +91,40 @@ def run(engine: str, output: Path, settings: Sequence[str], *, may_stop: bool) -
 def run_in_lockstep(output: Path, settings: Sequence[str], stages: Sequence[int], *, steps: int) -> None:
     """So many steps at each ZeRO stage; the JAX side goes on from one to the next, and each torch side starts where it
     is. Leaves OUTPUT/STAGE-RANK.json in every process."""
-    from diptych.parity.lockstep import lockstep
+    from diptych.parity.comparison.rungs import climb
+    from diptych.parity.recorder import StepRecorder
+    from diptych.parity.trace import Step
     from diptych.recipe.load import load_recipe
     from diptych.stages.pipeline import prepare
     from diptych.stages.rl import PPO, build_models
 
     rank = os.environ["RANK"]
+    ours: list[Step] = []
 
-    def side(engine: str, folder: str, *more: str) -> tuple[PPO, Any]:
+    def side(engine: str, folder: str, recorder: StepRecorder, *more: str) -> PPO:
         recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [*settings, *more])
         context = prepare(recipe, engine_name=engine, output=output / folder, distributed=engine == "torch")
-        return PPO(context, build_models(context)), context.datasets.prompts
+        return PPO(replace(context, recorder=recorder), build_models(context))
 
-    jax, prompts = side("jax", f"jax-{rank}")
-    for stage in stages:
-        torch, _ = side("torch", f"torch-{stage}", f"layout.zero.stage={stage}", SPLIT_ALL)
-        for ours, theirs in ((jax.models.policy, torch.models.policy), (jax.models.critic, torch.models.critic)):
-            theirs.load_weights(ours.weights())
-            theirs.load_optimizer_state(ours.optimizer_state())
-        report = lockstep(jax, torch, prompts.train, steps=steps)
-        found = asdict(report) | {"differences": list(map(str, report.differences))}
+    def iterate(ppo: PPO, number: int) -> None:
+        prompts = ppo.context.datasets.prompts
+        assert prompts is not None
+        metrics, _ = ppo.iterate(ppo.prompts(prompts.train, number), number)
+        ppo.context.recorder.end("rl", number, metrics, {})
+
+    jax = side("jax", f"jax-{rank}", StepRecorder(ours.append, seed=0))
+    for turn, stage in enumerate(stages):
+        theirs: list[Step] = []
+        replays = StepRecorder(theirs.append, seed=0, source=lambda _stage, _step: ours[-1])
+        torch = side("torch", f"torch-{stage}", replays, f"layout.zero.stage={stage}", SPLIT_ALL)
+        found: dict[str, Any] = {"differences": [], "near_ties": [], "tokens": 0}
+        for number in range(turn * steps, turn * steps + steps):
+            iterate(jax, number)
+            iterate(torch, number)
+            for rung in climb(ours[-1], theirs[-1], precision="float32"):
+                found["differences"] += [f"{ours[-1].name}: {one}" for one in rung.red]
+                found["near_ties"] += [asdict(tie) for tie in rung.near_ties]
+            found["tokens"] += int(ours[-1].array("used/mask").sum())
         (output / f"{stage}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

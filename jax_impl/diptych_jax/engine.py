@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,11 @@ from diptych.engine import (
     ModelSpec,
     OptimizerSpec,
     OptimizerState,
+    Probed,
     PromptBatch,
     Role,
     Sampling,
+    Taps,
     Tensors,
     TokenBatch,
     TrainBatch,
@@ -62,6 +64,7 @@ from diptych_jax.mesh import (
     train_mesh,
 )
 from diptych_jax.optimizer import Moments, TrainState
+from diptych_jax.probe import check_place, look
 
 
 def create(settings: EngineSettings) -> JaxEngine:
@@ -272,15 +275,28 @@ class JaxModel:
             found = training.gradients(self._state.model, self._frozen, inputs, program=program)[1]
         return weights.unpack_trained(found)
 
+    def probe(
+        self, loss: Loss, batch: TrainBatch, *, depth: Literal["layers", "ops"], forced: Taps | None = None
+    ) -> Probed:
+        """Look inside one forward and backward pass over all rows at once; compiled once per loss, shape and depth,
+        whatever is forced. UserError on several devices."""
+        check_place(self._mesh, self._kernel)
+        inputs, program = self._inputs(loss, batch, rows=len(batch.tokens)), self._program(loss, batch)
+        trained, frozen = weights.split(self._model)
+        with jax.set_mesh(self._mesh):
+            metrics, gradients, taps = look(trained, frozen, inputs, program=program, depth=depth, forced=forced)
+        return Probed(metrics=_floats(metrics), gradients=weights.unpack_trained(gradients), taps=taps)
+
     def _program(self, loss: Loss, batch: TrainBatch) -> training.Program:
         return training.Program(
             loss=loss, first=batch.tokens.first, chunk=self.spec.logprob_chunk, remat=self._settings.remat,
             **self._static,
         )  # fmt: skip
 
-    def _inputs(self, loss: Loss, batch: TrainBatch) -> training.Inputs:
+    def _inputs(self, loss: Loss, batch: TrainBatch, *, rows: int | None = None) -> training.Inputs:
         """The batch as [micro-batches, rows, ...] on the devices; floats in the engine's precision. Where a micro-batch
-        does not fill the shards of its rows, it is filled up with rows of zeros, which add nothing (`TrainBatch`)."""
+        does not fill the shards of its rows, it is filled up with rows of zeros, which add nothing (`TrainBatch`).
+        rows: of a micro-batch; None: those of the spec."""
         self._need_head("lm" if loss.reads == "logprobs" else "scalar")
         self._check_batch(batch.tokens)
         if loss.entropy and loss.reads != "logprobs":
@@ -288,7 +304,7 @@ class JaxModel:
         if loss.temperature <= 0:
             raise ValueError(f"log-probabilities need a temperature above 0, got {loss.temperature}")
         num_rows = len(batch.tokens)
-        size = min(self.spec.micro_batch_size, num_rows)
+        size = min(self.spec.micro_batch_size, num_rows) if rows is None else rows
         if num_rows == 0 or num_rows % size:
             raise ValueError(
                 f"a step of {num_rows} rows does not divide into micro-batches of {self.spec.micro_batch_size} rows"

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from diptych.families.decoder import Experts
 from diptych_jax.kernels import LANES, LARGEST_BLOCK
 from diptych_jax.mesh import ROWS, row_shards
+from diptych_jax.taps import tap
 
 MOST_TILES = 2048
 
@@ -49,6 +50,7 @@ def mixture(
     # Upcast: the router's logits and softmax in at least float32.
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
     logits_NX = jnp.einsum("ND,DX->NX", x_ND, router_DX, preferred_element_type=wide)
+    logits_NX = tap("router", logits_NX, "(b t) x -> b t x", b=batch)
     probs_NX = jax.nn.softmax(logits_NX, axis=-1)
     weights_NC, chosen_NC = jax.lax.top_k(probs_NX, experts.top_k)
     if experts.normalized:

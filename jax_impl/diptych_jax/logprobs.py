@@ -22,6 +22,7 @@ from diptych_jax.experts import Routing
 from diptych_jax.kernels import Kernel
 from diptych_jax.mesh import constrain, row_shards
 from diptych_jax.model import Unembed
+from diptych_jax.taps import tap
 from diptych_jax.weights import Model
 
 
@@ -59,7 +60,7 @@ def token_logprobs(
     def align(values_N: Array) -> Array:
         return jnp.where(follows_BT, _align(values_N, tokens_BT.shape, first), 0)
 
-    return align(logprobs_N), None if entropy_N is None else align(entropy_N), routing
+    return tap("logprobs", align(logprobs_N)), None if entropy_N is None else align(entropy_N), routing
 
 
 def greedy_matches(

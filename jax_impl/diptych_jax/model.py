@@ -29,6 +29,7 @@ from diptych_jax.attention import Rotation, attention, rotate, rotation, segment
 from diptych_jax.experts import Routing, mixture
 from diptych_jax.kernels import Kernel
 from diptych_jax.mesh import constrain, gathered
+from diptych_jax.taps import over_layers, tap
 
 # (queries, keys, values, what the caller gave the layer as its window) -> (what the queries read, and whatever else the
 # caller wants of this layer: its cache)
@@ -140,8 +141,8 @@ class DecoderLayer(Parameters):
             x_BTD = self.norm("attention_norm", x_BTD)
         inner_BTD, routing = self.mlp(self.norm("mlp_norm", x_BTD) if before else x_BTD, attention_BT)
         x_BTD = x_BTD + (self.norm("mlp_out_norm", inner_BTD) if after else inner_BTD)
-        if block == "post":
-            x_BTD = self.norm("mlp_norm", x_BTD)
+        if block == "post":  # the layer's output, a tap of another name
+            x_BTD = normalize(x_BTD, self["mlp_norm"], self["mlp_norm_bias"], self.config.norm)
         return x_BTD, cache, routing
 
     def adapted(self, adapter: Adapter | None) -> DecoderLayer:
@@ -150,30 +151,30 @@ class DecoderLayer(Parameters):
         return layer if adapter is None else DecoderLayer(self.config, layer.changed(LAYER_SLOTS, adapter))
 
     def norm(self, name: str, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return normalize(x_BTD, self[name], self[f"{name}_bias"], self.config.norm)
+        return tap(name, normalize(x_BTD, self[name], self[f"{name}_bias"], self.config.norm))
 
     def attention(
         self, x_BTD: Float[Array, "B T D"], angles: Rotation | None, window: Array | int | None, attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
-        q_BTNH = add(jnp.einsum("BTD,DNH->BTNH", x_BTD, self["query"]), self["query_bias"])
-        k_BTKH = add(jnp.einsum("BTD,DKH->BTKH", x_BTD, self["key"]), self["key_bias"])
-        v_BTKH = add(jnp.einsum("BTD,DKH->BTKH", x_BTD, self["value"]), self["value_bias"])
+        q_BTNH = tap("query", add(jnp.einsum("BTD,DNH->BTNH", x_BTD, self["query"]), self["query_bias"]))
+        k_BTKH = tap("key", add(jnp.einsum("BTD,DKH->BTKH", x_BTD, self["key"]), self["key_bias"]))
+        v_BTKH = tap("value", add(jnp.einsum("BTD,DKH->BTKH", x_BTD, self["value"]), self["value_bias"]))
         if self.config.qk_norm is not None:
-            q_BTNH = normalize(q_BTNH, self["query_norm"], None, self.config.norm)
-            k_BTKH = normalize(k_BTKH, self["key_norm"], None, self.config.norm)
+            q_BTNH = tap("query_norm", normalize(q_BTNH, self["query_norm"], None, self.config.norm))
+            k_BTKH = tap("key_norm", normalize(k_BTKH, self["key_norm"], None, self.config.norm))
         if angles is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+            q_BTNH, k_BTKH = tap("query_rotated", rotate(q_BTNH, angles)), tap("key_rotated", rotate(k_BTKH, angles))
         q_BTNH, k_BTKH, v_BTKH = (constrain(part, "rows", None, "tensor", None) for part in (q_BTNH, k_BTKH, v_BTKH))
         read_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, window)
-        read_BTNH = constrain(read_BTNH, "rows", None, "tensor", None)
-        return add(jnp.einsum("BTNH,NHD->BTD", read_BTNH, self["output"]), self["output_bias"]), cache
+        read_BTNH = tap("attention", constrain(read_BTNH, "rows", None, "tensor", None))
+        return tap("output", add(jnp.einsum("BTNH,NHD->BTD", read_BTNH, self["output"]), self["output_bias"])), cache
 
     def mlp(
         self, x_BTD: Float[Array, "B T D"], attention_BT: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         act = partial(activate, self.config.activation)
         if self.config.experts is not None:
-            return mixture(
+            y_BTD, routing = mixture(
                 x_BTD,
                 attention_BT,
                 router_DX=self["router"],
@@ -183,10 +184,14 @@ class DecoderLayer(Parameters):
                 activation=act,
                 experts=self.config.experts,
             )
-        up_BTF = add(jnp.einsum("BTD,DF->BTF", x_BTD, self["up"]), self["up_bias"])
-        inner_BTF = act(jnp.einsum("BTD,DF->BTF", x_BTD, self["gate"])) * up_BTF if self.config.gated else act(up_BTF)
-        inner_BTF = constrain(inner_BTF, "rows", None, "tensor")
-        return add(jnp.einsum("BTF,FD->BTD", inner_BTF, self["down"]), self["down_bias"]), None
+            return tap("down", y_BTD), routing
+        up_BTF = tap("up", add(jnp.einsum("BTD,DF->BTF", x_BTD, self["up"]), self["up_bias"]))
+        if self.config.gated:
+            inner_BTF = act(tap("gate", jnp.einsum("BTD,DF->BTF", x_BTD, self["gate"]))) * up_BTF
+        else:
+            inner_BTF = act(up_BTF)
+        inner_BTF = tap("inner", constrain(inner_BTF, "rows", None, "tensor"))
+        return tap("down", add(jnp.einsum("BTF,FD->BTD", inner_BTF, self["down"]), self["down_bias"])), None
 
 
 def product(x: Float[Array, "*C E"], table_VE: Float[Array, "V E"]) -> Float[Array, "*C V"]:
@@ -262,13 +267,15 @@ class Decoder(LanguageModel):
             x_BTD = x_BTD + self.top("positions")[positions_BT + config.position_offset]
         if config.embedding_norm:
             x_BTD = normalize(x_BTD, self["embedding_norm"], self["embedding_norm_bias"], config.norm)
-        return constrain(x_BTD, "rows", None, None)
+        return tap("embed", constrain(x_BTD, "rows", None, None))
 
     def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """The last norm and projection: what a head reads."""
         if self.config.final_norm:
             x_BTD = normalize(x_BTD, self["final_norm"], self["final_norm_bias"], self.config.norm)
-        return x_BTD if self["project_out"] is None else jnp.einsum("BTD,DE->BTE", x_BTD, self.top("project_out"))
+        if self["project_out"] is not None:
+            x_BTD = jnp.einsum("BTD,DE->BTE", x_BTD, self.top("project_out"))
+        return tap("final", x_BTD)
 
     def unembedding(self) -> Unembed:
         """Logits of states. Made once before a loop: it brings the table's parts together."""
@@ -333,7 +340,7 @@ class Decoder(LanguageModel):
             if which is not None:
                 angles = jax.tree.map(lambda part: part[which], stacked)
             x_BTD, _, routing = layer.adapted(adapter)(x_BTD, angles, window, attend, attention_BT)
-            return constrain(x_BTD, "rows", None, None), routing
+            return tap("out", constrain(x_BTD, "rows", None, None)), routing
 
         # "full": the backward pass makes a layer's activations again from its input. It keeps a third of the memory,
         # and on a CPU takes four fifths of the time that writing and reading them takes. (Inside a scan nothing can be
@@ -341,7 +348,7 @@ class Decoder(LanguageModel):
         if remat != "none":
             body = jax.checkpoint(body, prevent_cse=False, policy=POLICIES[remat])
         layers = (self.layers, self.adapter, windows_L, which_L)
-        x_BTD, routing = jax.lax.scan(body, self.embed(tokens_BT, positions_BT), layers)
+        x_BTD, routing = over_layers(body, self.embed(tokens_BT, positions_BT), layers, config.num_layers)
         if routing is not None:
             routing = Routing(*(jnp.sum(part, axis=0) for part in routing))
         return Reading(self.finish(x_BTD), routing)
@@ -450,4 +457,5 @@ def scores(
     hidden_BTE, routing = model.read(tokens_BT, attention_BT, positions_BT, remat, kernel)
     # Upcast: scores in at least float32.
     wide = jnp.promote_types(hidden_BTE.dtype, jnp.float32)
-    return jnp.einsum("BTE,E->BT", hidden_BTE, model.top("score")[0], preferred_element_type=wide), routing
+    scores_BT = jnp.einsum("BTE,E->BT", hidden_BTE, model.top("score")[0], preferred_element_type=wide)
+    return tap("scores", scores_BT), routing

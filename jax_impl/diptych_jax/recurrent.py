@@ -22,6 +22,7 @@ from diptych_jax.adapter import Adapter
 from diptych_jax.kernels import Kernel
 from diptych_jax.mesh import constrain
 from diptych_jax.model import LanguageModel, Parameters, Reading, Unembed, product
+from diptych_jax.taps import over_layers, tap
 
 LAYER_SLOTS = ("input", "recurrent", "recurrent_bias")
 TOP_SLOTS = ("embedding", "head", "head_bias", "score")
@@ -66,7 +67,7 @@ class Recurrent(LanguageModel):
         state with it. There is nothing to make again: the states are all that it keeps."""
         del remat, kernel
         start = self.state(tokens_BT.shape[0], 0)
-        return Reading(self._run(start, tokens_BT, attention_BT, positions_BT)[0], None)
+        return Reading(tap("final", self._run(start, tokens_BT, attention_BT, positions_BT)[0]), None)
 
     def state(self, batch: int, columns: int) -> State:
         """The state before the first token. `columns` is a cache's business."""
@@ -103,7 +104,7 @@ class Recurrent(LanguageModel):
             if adapter is not None:
                 parameters = RecurrentLayers(parameters.changed(LAYER_SLOTS, adapter))
             added_TBD = jnp.einsum("TBI,ID->TBD", x_TBD, parameters["input"]) + parameters["recurrent_bias"]
-            added_TBD = jnp.where(attention_BT.T[:, :, None], added_TBD, 0)
+            added_TBD = tap("input", jnp.where(attention_BT.T[:, :, None], added_TBD, 0), "t b d -> b t d")
 
             def step(h_BD, column):
                 added_BD, begins_B = column
@@ -112,8 +113,9 @@ class Recurrent(LanguageModel):
                 return h_BD, h_BD
 
             last_BD, h_TBD = jax.lax.scan(step, first_BD, (added_TBD, begins_TB))
-            return h_TBD, last_BD
+            return tap("out", h_TBD, "t b d -> b t d"), last_BD
 
-        x_TBD = constrain(jnp.swapaxes(self.top("embedding")[tokens_BT], 0, 1), None, "rows", None)
-        h_TBD, last_LBD = jax.lax.scan(layer, x_TBD, (self.layers, self.adapter, jnp.swapaxes(state_BLD, 0, 1)))
+        x_TBD = constrain(jnp.swapaxes(tap("embed", self.top("embedding")[tokens_BT]), 0, 1), None, "rows", None)
+        layers = (self.layers, self.adapter, jnp.swapaxes(state_BLD, 0, 1))
+        h_TBD, last_LBD = over_layers(layer, x_TBD, layers, self.config.num_layers)
         return jnp.swapaxes(h_TBD, 0, 1), jnp.swapaxes(last_LBD, 0, 1)

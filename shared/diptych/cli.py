@@ -1,7 +1,7 @@
-"""The command line: `diptych run | plan | generate | eval | export | weights | recipe | compare | report`.
+"""The command line: `diptych run | parity | plan | generate | eval | export | weights | recipe | compare | report`.
 
-Exit codes: 0 done; 2 something that the user can mend (one line says what, where and what to do); 3 a run-time
-invariant broke; 130 interrupted.
+Exit codes (`parity` has its own): 0 done; 2 something that the user can mend (one line says what, where and what to
+do); 3 a run-time invariant broke; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from diptych import __version__, random
 from diptych.engine import ENGINES, EngineSettings, Memory, ModelSpec, Sampling, load_engine
 from diptych.errors import InvariantError, UserError
+from diptych.parity import cli as parity
 
 _RUN_EPILOG = """\
 examples:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, left_over = parser.parse_known_args(arguments)
     options.overrides = left_over
     unknown = [text for text in left_over if "=" not in text or text.startswith("-")]
-    if unknown or (left_over and options.command not in (_run, _recipe_show, _plan)):
+    if unknown or (left_over and options.command not in (_run, _recipe_show, _plan, *parity.SETTINGS)):
         parser.error(f"unrecognized arguments: {' '.join(unknown or left_over)} (settings are written key=value)")
     try:
         return options.command(options)
@@ -137,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--precision", choices=["float32", "float64"], default="float32")
     generate.set_defaults(command=_generate)
 
+    parity.add_parity_command(commands)
     _add_plan_command(commands)
     _add_model_commands(commands)
 

@@ -236,6 +236,27 @@ class OptimizerState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Taps:
+    """Values inside a forward pass and the gradients of the loss by them, by the names of `diptych.families.taps`.
+
+    Columns that hold padding hold numbers without meaning.
+    """
+
+    values: Tensors
+    gradients: Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """A model looked into: what a step's loss, metrics and gradients are (as `Model.evaluate` and `Model.gradients`
+    give them), and what its taps computed."""
+
+    metrics: Metrics
+    gradients: Tensors
+    taps: Taps
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """What an engine needs to know before its first model.
 
@@ -293,6 +314,18 @@ class Model(Protocol):
 
     def gradients(self, loss: Loss, batch: TrainBatch) -> Tensors:
         """The gradient of the step's loss for every tensor, unclipped, by Hugging Face name. Changes nothing."""
+        ...
+
+    def probe(
+        self, loss: Loss, batch: TrainBatch, *, depth: Literal["layers", "ops"], forced: Taps | None = None
+    ) -> Probed:
+        """Look inside one forward and backward pass over all rows of `batch` at once. Changes nothing.
+
+        forced: values and gradients of all taps or some (another engine's), taken on real columns only. What reads a
+        tap reads the forced value, and what hands a gradient down through it hands down the forced one, while the taps
+        that come back are those that were computed here. So each is the doing of the operations between it and its
+        neighbours alone. In one process, on one device; UserError elsewhere.
+        """
         ...
 
     def generate(
@@ -395,14 +428,19 @@ def load_engine(name: str, settings: EngineSettings) -> Engine:
     """
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
-    module_name, requirements = ENGINES[name]
-    missing = [package for package in requirements if not _is_installed(package)]
+    module_name, _ = ENGINES[name]
+    missing = missing_packages(name)
     if missing:
         raise UserError(
             f"engine {name!r} is not installed ({', '.join(missing)} missing): pip install 'diptych[{name}]'"
         )
     module = importlib.import_module(module_name)
     return module.create(settings)
+
+
+def missing_packages(name: str) -> list[str]:
+    """What the engine `name` needs and is not installed."""
+    return [package for package in ENGINES[name][1] if not _is_installed(package)]
 
 
 def _is_installed(package: str) -> bool:

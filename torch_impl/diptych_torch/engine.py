@@ -32,9 +32,11 @@ from diptych.engine import (
     ModelSpec,
     OptimizerSpec,
     OptimizerState,
+    Probed,
     PromptBatch,
     Role,
     Sampling,
+    Taps,
     Tensors,
     TokenBatch,
     TrainBatch,
@@ -42,6 +44,7 @@ from diptych.engine import (
 from diptych.errors import UserError
 from diptych.families.adapter import adapter_shapes
 from diptych.families.family import ModelConfig, read_model, tensor_shapes
+from diptych.families.taps import Depth
 from diptych.layout import Zero
 from diptych.weights.huggingface import check_tensors
 from diptych_torch import adapter as adapters
@@ -49,6 +52,7 @@ from diptych_torch import (
     checkpoint,
     deepspeed_rollout,
     optimizer,
+    probe,
     processes,
     tensor_parallel,
     zero,
@@ -384,12 +388,26 @@ class TorchModel:
                 batch,
                 lambda value: value.backward(),
             )
-            found = {
-                name: torch.zeros_like(one, dtype=self._wide) if one.grad is None else one.grad.to(self._wide)
-                for name, one in network.trained_weights().items()
-            }
-            add_tensors(found)
-            return self._outside(found.__getitem__)
+            return self._gradients_of(network)
+
+    def probe(self, loss: Loss, batch: TrainBatch, *, depth: Depth, forced: Taps | None = None) -> Probed:
+        """Look inside one forward and backward pass over all rows at once (`probe.look`). Changes nothing."""
+        self._require_head("lm" if loss.reads == "logprobs" else "scalar")
+        chunk = self.spec.logprob_chunk
+        with self._view() as network:
+            metrics, taps = probe.look(
+                network, loss, batch, depth=depth, forced=forced, chunk=chunk, device=self._device
+            )
+            return Probed(metrics=metrics, gradients=self._gradients_of(network), taps=taps)
+
+    def _gradients_of(self, network: Network) -> Tensors:
+        """What a backward pass has left at the trained parameters, summed over all processes; 0 where nothing."""
+        found = {
+            name: torch.zeros_like(one, dtype=self._wide) if one.grad is None else one.grad.to(self._wide)
+            for name, one in network.trained_weights().items()
+        }
+        add_tensors(found)
+        return self._outside(found.__getitem__)
 
     def _accumulate(self, run: Run, loss: Loss, batch: TrainBatch, backward: Backward | None) -> Metrics:
         """`training.accumulate` of this process's rows; sums over all processes."""

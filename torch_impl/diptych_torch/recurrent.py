@@ -75,6 +75,7 @@ class RNNLayer(nn.Module):
         super().__init__()
         self.input = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.recurrent = Recurrence(config.hidden_size, config.hidden_size)
+        self.drive = nn.Identity()  # what the input adds to the state goes through here, where a probe looks
         self.nonlinearity = {"tanh": torch.tanh, "relu": torch.relu}[config.nonlinearity]
 
     def forward(
@@ -86,7 +87,7 @@ class RNNLayer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """The states after each column. Padding puts nothing in: on the left it leaves the state at zero, f(0) = 0.
         Where a text does not go on but begins, the state begins at zero."""
-        drive = (self.input(x) + self.recurrent.bias) * attention[..., None]
+        drive = self.drive((self.input(x) + self.recurrent.bias) * attention[..., None])
         states = []
         for column, kept in zip(drive.unbind(dim=1), goes_on[..., None].unbind(dim=1), strict=True):
             state = self.nonlinearity(column + self.recurrent(state * kept))

@@ -215,6 +215,10 @@ class Tokenizer:
                 context, start, length = start, index, end
         return done
 
+    def source(self) -> str:
+        """The tokenizer itself as text: equal texts read alike."""
+        return self._fast.to_str()
+
     def reads_like(self, other: Tokenizer) -> bool:
         """Every text becomes the same ids, and this one has no chat template of its own that differs."""
         return self._fast.to_str() == other._fast.to_str() and self.chat_template in (None, other.chat_template)

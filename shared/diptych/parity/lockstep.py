@@ -1,144 +1,120 @@
-"""Lockstep: two engines put on the same weights and optimizer state before every step, every number compared.
+"""Lockstep: two engines put on the same weights and optimizer state before every step, every rung compared.
 
 Free-running float32 curves part in any two implementations after some hundred steps; the error of a single step does
-not grow. Each step walks the ladder: sampled tokens, log-probabilities, values, rewards, gradients per tensor, metrics,
-optimizer moments, new weights. Both sides are updated on *one* rollout (the first side's), with old log-probabilities
-and values perturbed by keyed noise, so that ratios leave 1 and both clips are at work: on fresh ones the loss is
--mean(advantage) whatever the model computes (docs/parity.md).
+not grow. The first engine runs the recipe and records every step; the second replays each as it comes (`recorder`), in
+the same process, a step behind. So the first side's run is the recipe's own, and nothing is kept on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
+from diptych.parity.record import recorded_models
+from diptych.parity.recorder import StepRecorder
+from diptych.parity.trace import Step
+from diptych.recipe.schema import Recipe, Stage
+from diptych.stages.context import StageContext
+from diptych.stages.pipeline import prepare, run_stages
 
-from diptych import random
-from diptych.data.examples import PromptExample
-from diptych.engine import Model
-from diptych.parity.compare import Difference, max_abs, metrics, relative_l2, tensors
-from diptych.parity.tolerances import TOLERANCES
-from diptych.stages.rl import PPO, Scored
-from diptych.stages.rollout import Rollout
-
-RUNGS = (
-    "model",
-    "decode",
-    "gradient_relative_l2",
-    "trajectory_relative",
-    "function",
-    "moment_relative_l2",
-    "weights_relative_l2",
-)  # of the table of tolerances, walked in every step
-PERTURBATION = 0.3  # standard deviation of the noise on old log-probabilities and values: well past a clip of 0.2
+Compare = Callable[[Step, Step], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class NearTie:
-    """A token that the engines drew differently, the uniform being on a boundary of the cumulative distribution."""
+def lockstep(
+    recipe: Recipe,
+    *,
+    work: Path,
+    compare: Compare,
+    engines: tuple[str, str] = ("jax", "torch"),
+    stages: Sequence[Stage] | None = None,
+    begin: Callable[[StageContext, StageContext], None] = lambda _leader, _follower: None,
+) -> None:
+    """Walk both engines through the stages (default: the recipe's). `compare` gets each step of both sides.
 
-    step: int
-    row: int
-    position: int
-    tokens: tuple[int, int]
-    margin: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LockstepReport:
-    """differences: everything beyond its tolerance, in order; near_ties: token flips that noise explains; tokens:
-    sampled tokens compared."""
-
-    differences: list[Difference] = field(default_factory=list)
-    near_ties: list[NearTie] = field(default_factory=list)
-    tokens: int = 0
-
-
-def lockstep(a: PPO, b: PPO, train: Sequence[PromptExample], *, steps: int) -> LockstepReport:
-    """Walk both sides through `steps` PPO updates. `b` takes over `a`'s weights and optimizer state after each."""
-    report = LockstepReport()
-    tokens = 0
-    for step in range(steps):
-        prompts = a.prompts(train, step)
-        rollout = a.roll_out(prompts, purpose="rl/rollout", step=step)
-        other = b.roll_out(prompts, purpose="rl/rollout", step=step)
-        tokens += int(rollout.completions.mask.sum())
-        found, ties = compare_tokens(rollout, other, step, limit=TOLERANCES["model"].at(a.recipe.precision))
-        report.near_ties.extend(ties)
-        found += compare_step(a, b, rollout, prompts, step)
-        report.differences.extend(found)
-        for ours, theirs in ((a.models.policy, b.models.policy), (a.models.critic, b.models.critic)):
-            theirs.load_weights(ours.weights())
-            theirs.load_optimizer_state(ours.optimizer_state())
-    return replace(report, tokens=tokens)
+    work: an empty folder for the run directories. begin: gets both sides' contexts before each stage.
+    """
+    for stage in stages or recipe.stages:
+        leader = prepare(recipe, engine_name=engines[0], output=work / "a", stages=(stage,))
+        started = recorded_models(recipe, work / "a", (stage,))
+        follower = prepare(started, engine_name=engines[1], output=work / f"b-{stage}", stages=(stage,))
+        begin(leader, follower)
+        _walk(leader, follower, stage, compare)
 
 
-def compare_tokens(a: Rollout, b: Rollout, step: int, *, limit: float) -> tuple[list[Difference], list[NearTie]]:
-    """Tokens are equal up to near-ties: where a row first differs, the uniform was within `limit` of a boundary."""
-    differences: list[Difference] = []
-    ties: list[NearTie] = []
-    left, right = a.completions, b.completions
-    differs = (left.tokens != right.tokens) | (left.mask != right.mask)
-    for row in np.flatnonzero(differs.any(axis=1)):
-        position = int(differs[row].argmax())
-        pair = (int(left.tokens[row, position]), int(right.tokens[row, position]))
-        margin = float(min(left.margins[row, position], right.margins[row, position]))
-        if margin <= limit and left.mask[row, position] and right.mask[row, position]:
-            ties.append(NearTie(step=step, row=int(row), position=position, tokens=pair, margin=margin))
+def _walk(leader: StageContext, follower: StageContext, stage: Stage, compare: Compare) -> None:
+    """One stage: the leader in a thread of its own, the follower in this one."""
+    steps = Steps()
+    seed = leader.recipe.seed
+
+    def lead() -> None:
+        try:
+            run_stages(replace(leader, recorder=StepRecorder(steps.put, seed=seed)), (stage,))
+        except BaseException as error:  # handed to the thread that waits for the next step
+            steps.fail(error)
         else:
-            detail = f"row {row}, position {position}: tokens {pair}"
-            differences.append(Difference(name=f"step {step}/tokens", value=margin, limit=limit, detail=detail))
-    return differences, ties
+            steps.finish()
+
+    def compared(step: Step) -> None:
+        given = steps.get(step.stage, step.step)
+        assert given is not None, "a step is replayed because it was recorded"
+        compare(given, step)
+
+    thread = threading.Thread(target=lead, name="leader", daemon=True)
+    thread.start()
+    try:
+        run_stages(replace(follower, recorder=StepRecorder(compared, seed=seed, source=steps.get)), (stage,))
+        steps.drain()
+    finally:
+        steps.close()
+        thread.join()
 
 
-def compare_step(a: PPO, b: PPO, rollout: Rollout, prompts: Sequence[PromptExample], step: int) -> list[Difference]:
-    """Everything after the tokens, on one rollout."""
-    precision = a.recipe.precision
-    limit = {rung: TOLERANCES[rung].at(precision) for rung in RUNGS}
-    name = f"step {step}"
-    mask = rollout.completions.mask
-    mine, theirs = a.score(rollout, prompts), b.score(rollout, prompts)
-    found = max_abs(f"{name}/logprobs", mine.logprobs, theirs.logprobs, limit=limit["model"], mask=mask)
-    found += max_abs(f"{name}/ref_logprobs", mine.ref_logprobs, theirs.ref_logprobs, limit=limit["model"], mask=mask)
-    found += max_abs(f"{name}/values", mine.values, theirs.values, limit=limit["model"], mask=mask)
-    found += max_abs(f"{name}/scores", mine.scores, theirs.scores, limit=limit["model"])
-    found += max_abs(
-        f"{name}/sampler_logprobs", rollout.completions.logprobs, theirs.logprobs, limit=limit["decode"] * 2, mask=mask
-    )
-    replayed = perturb(mine, a.recipe.seed, step)
-    rows = np.arange(len(mine.scores))
-    for role, loss, batch, rate in (
-        ("policy", a.policy_loss, a.policy_batch(replayed, rows), a.policy_rate(step)),
-        ("critic", a.value_loss, a.value_batch(replayed, rows), a.critic_rate(step)),
-    ):
-        ours: Model = getattr(a.models, role)
-        other: Model = getattr(b.models, role)
-        found += tensors(
-            f"{name}/{role}/gradient",
-            ours.gradients(loss, batch),
-            other.gradients(loss, batch),
-            limit=limit["gradient_relative_l2"],
-        )
-        made = (ours.update(loss, batch, learning_rate=rate), other.update(loss, batch, learning_rate=rate))
-        # Losses are sums of terms of both signs: differences below the function tolerance are rounding.
-        found += metrics(f"{name}/{role}", *made, limit=limit["trajectory_relative"], floor=limit["function"])
-        states = (ours.optimizer_state(), other.optimizer_state())
-        moment_limit = limit["moment_relative_l2"]
-        found += tensors(f"{name}/{role}/first", states[0].first, states[1].first, limit=moment_limit)
-        found += tensors(f"{name}/{role}/second", states[0].second, states[1].second, limit=2 * moment_limit)
-        new = (ours.weights(), other.weights())
-        for tensor in new[0]:
-            found += relative_l2(
-                f"{name}/{role}/weights/{tensor}", new[0][tensor], new[1][tensor], limit=limit["weights_relative_l2"]
-            )
-    return found
+class Steps:
+    """Hands the steps of one run to another, each as soon as it is there and at most one ahead."""
 
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=1)
+        self._current: Step | None = None
+        self._is_over = False
+        self._closed = threading.Event()
 
-def perturb(scored: Scored, seed: int, step: int) -> Scored:
-    """The same rollout as if older weights had made it: keyed normal noise on old log-probabilities and values."""
-    draws = random.generator(seed, "parity/perturbation", step=step)
-    shape = scored.logprobs.shape
-    noise = draws.standard_normal((2, *shape)).astype(scored.logprobs.dtype) * PERTURBATION
-    older = replace(scored.experience, values=scored.experience.values + noise[1])
-    return replace(scored, logprobs=scored.logprobs + noise[0], experience=older)
+    def put(self, step: Step) -> None:
+        self._hand_over(step)
+
+    def finish(self) -> None:
+        self._hand_over(None)
+
+    def fail(self, error: BaseException) -> None:
+        self._hand_over(error)
+
+    def get(self, stage: str, step: int) -> Step | None:
+        """The recorded step; None where the recorded run ended before it. Steps come in order, every one."""
+        while not self._is_over and (self._current is None or self._current.step < step):
+            arrived = self._waiting.get()
+            if isinstance(arrived, BaseException):
+                self._is_over = True
+                raise arrived
+            self._is_over = arrived is None
+            self._current = arrived
+        found = self._current
+        return found if found is not None and (found.stage, found.step) == (stage, step) else None
+
+    def drain(self) -> None:
+        """Wait for the end of the recorded run, which leaves its models after its last step."""
+        while not self._is_over:
+            self.get("", 1 << 62)
+
+    def close(self) -> None:
+        """Nobody takes steps any more: the recording run is not held up."""
+        self._closed.set()
+
+    def _hand_over(self, item: Step | BaseException | None) -> None:
+        while not self._closed.is_set():
+            try:
+                self._waiting.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue

@@ -23,7 +23,7 @@ MAX_MARKERS = 60
 class Series:
     """One curve. color: 1 to 6, an entry of the page's palette. markers: dots with the value as a tooltip.
 
-    wide: a broad, pale stroke on which another curve may lie and both are seen.
+    wide: a broad, pale stroke on which another curve may lie and both are seen. band: (x, low, high) of a pale area.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Series:
     color: int = 1
     wide: bool = False
     markers: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 def line_chart(title: str, series: Sequence[Series], *, log: bool = False, note: str = "") -> str:
@@ -44,6 +45,7 @@ def line_chart(title: str, series: Sequence[Series], *, log: bool = False, note:
         return ""
     xs = [x for one in shown for x, _ in one.points]
     ys = [y for one in shown for _, y in one.points]
+    ys += [y for one in shown for _, *ends in one.band for y in ends if y > 0 or not log]
     x_axis = _Axis.linear(min(xs), max(xs), count=5, integer=True)
     y_axis = _Axis.logarithmic(min(ys), max(ys)) if log else _Axis.linear(min(ys), max(ys), count=4)
 
@@ -61,6 +63,11 @@ def line_chart(title: str, series: Sequence[Series], *, log: bool = False, note:
     for tick in x_axis.ticks:
         x = f"{at_x(tick):.1f}"
         parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 9}" text-anchor="middle">{number(tick)}</text>')
+    for one in shown:
+        if one.band and not log:
+            around = [(x, high) for x, _, high in one.band] + [(x, low) for x, low, _ in reversed(one.band)]
+            path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in around)
+            parts.append(f'<polygon class="band c{one.color}" points="{path}"/>')
     for one in shown:
         dots = [(at_x(x), at_y(y)) for x, y in _thin(one.points)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in dots)
@@ -178,7 +185,8 @@ def _nice_step(rough: float) -> float:
 def _positive(series: Series) -> Series:
     points = [(x, y) for x, y in series.points if y > 0]
     return Series(
-        name=series.name, points=points, color=series.color, wide=series.wide, markers=series.markers
+        name=series.name, points=points, color=series.color, wide=series.wide, markers=series.markers,
+        band=series.band,
     )  # fmt: skip
 
 

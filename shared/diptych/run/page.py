@@ -112,6 +112,7 @@ svg { display: block; width: 100%; height: auto; overflow: visible; }
 .tick { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
 .curve { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .curve.wide { stroke-width: 6; opacity: .4; }
+.band { fill: var(--c); opacity: .16; }
 .dot { fill: var(--card); stroke: var(--c); stroke-width: 1.8; }
 .note { margin: 4px; color: var(--soft); font-size: 12px; }
 .bar { display: flex; height: 22px; border-radius: 6px; overflow: hidden; gap: 2px; }

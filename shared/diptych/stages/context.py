@@ -20,6 +20,7 @@ from diptych.families.family import ModelConfig, tensor_shapes
 from diptych.recipe.schema import AdapterRecipe, OptimizerRecipe, Recipe
 from diptych.run.directory import RunDirectory
 from diptych.stages.adapters import merged_weights, start_adapter
+from diptych.stages.recording import NoRecorder, Recorder
 from diptych.weights.adapters import Adapter, write_adapter
 from diptych.weights.huggingface import Checkpoint, write_checkpoint
 from diptych.weights.tensors import StreamedTensors
@@ -44,14 +45,20 @@ class Datasets:
             if split is not None
         }
 
-    def fingerprint(self) -> str:
-        """A checksum of every token of every example, in their order."""
-        mark = 0
-        for split in (self.demonstrations, self.preferences, self.prompts):
-            for example in () if split is None else (*split.train, *split.held_out):
+    def describe(self) -> dict[str, Any]:
+        """Of each kind of data that was read: rows to train on and held out, and a checksum of every token of every
+        example, in their order."""
+        found = {}
+        for name in ("demonstrations", "preferences", "prompts"):
+            split = getattr(self, name)
+            if split is None:
+                continue
+            mark = 0
+            for example in (*split.train, *split.held_out):
                 for part in _parts(example):
                     mark = zlib.crc32(np.asarray(part.tokens, "<i4").tobytes(), mark)
-        return f"{mark:08x}"
+            found[name] = {"train": len(split.train), "held_out": len(split.held_out), "fingerprint": f"{mark:08x}"}
+        return found
 
 
 def _parts(example: TokenExample | PairExample | PromptExample) -> tuple[TokenExample | PromptExample, ...]:
@@ -67,7 +74,7 @@ class StageContext:
     how a reward model with another tokenizer reads rollouts (`reading.TextReading`); None where it takes the policy's
     tokens.
 
-    resume: go on from the newest checkpoint of the stage where there is one.
+    resume: go on from the newest checkpoint of the stage where there is one. recorder: watches (`recording.py`).
     """
 
     recipe: Recipe
@@ -79,6 +86,7 @@ class StageContext:
     model_directories: Mapping[str, Path] = field(default_factory=dict)
     reader: Callable[..., Any] | None = None
     resume: bool = False
+    recorder: Recorder = field(default_factory=NoRecorder)
 
     @property
     def tokenizer(self) -> Tokenizer:

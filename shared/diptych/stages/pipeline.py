@@ -122,7 +122,7 @@ def prepare(
         _check_memory(engine, recipe, stages, Known(models=configs, longest=datasets.longest()))
         engine.world.agree(
             "the recipe, its stages, models and data",
-            lambda: f"{dump_recipe(recipe)}{stages} {resume} {output} {configs} {datasets.fingerprint()}",
+            lambda: f"{dump_recipe(recipe)}{stages} {resume} {output} {configs} {datasets.describe()}",
         )
         run = RunDirectory.create(
             output,

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,8 @@ from diptych.stages.rollout import Rollout, Sampler, roll_out, sampling_of
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A rollout with everything that was computed about it; arrays [rows, new], response-aligned. weights: of
-    truncated importance sampling, where there is."""
+    """A rollout with everything that was computed about it; arrays [rows, new], response-aligned. made: what the
+    dialect makes of them (`PPO.shape`). weights: of truncated importance sampling, where there is."""
 
     rollout: Rollout
     reading: Reading
@@ -46,8 +46,13 @@ class Scored:
     ref_logprobs: np.ndarray
     values: np.ndarray
     scores: np.ndarray
-    experience: Experience
+    made: Experience | None = None
     weights: np.ndarray | None = None
+
+    @property
+    def experience(self) -> Experience:
+        assert self.made is not None, "PPO.shape comes first"
+        return self.made
 
 
 @dataclass
@@ -96,18 +101,21 @@ def _train(context: StageContext, ppo: PPO) -> dict[str, Any]:
             before = latest = ppo.evaluate(held_out, when="before")
             logger.log(0, before)
         for iteration in range(start, settings.iterations):
+            if not context.recorder.wants("rl", iteration):
+                continue
             prompts = ppo.prompts(split.train, iteration)
             metrics, tokens = ppo.iterate(prompts, iteration)
             generated += tokens
             last_kl = metrics["objective/kl"]
             truncated += int(metrics.get("reading/truncated", 0))
             done = iteration + 1
-            if done % settings.eval_every == 0 or done == settings.iterations:
+            evaluation: Metrics = {}
+            if (done % settings.eval_every == 0 and not context.recorder.replays) or done == settings.iterations:
                 when = "after" if done == settings.iterations else None
-                latest = ppo.evaluate(held_out, when=when)
-                metrics |= latest
+                evaluation = latest = ppo.evaluate(held_out, when=when)
             metrics["episode"] = float(done * settings.batch_size * settings.samples_per_prompt)
-            logger.log(done, metrics)
+            logger.log(done, metrics | evaluation)
+            context.recorder.end("rl", iteration, metrics, evaluation)
             bar.advance(
                 tokens=tokens,
                 shown={"score": metrics["objective/scores"], "kl": last_kl, "eval": latest["eval/score"]},
@@ -191,21 +199,25 @@ class PPO:
 
     def iterate(self, prompts: Sequence[PromptExample], iteration: int) -> tuple[Metrics, int]:
         """One iteration: the metrics to log, and the number of generated tokens."""
+        recorder = self.context.recorder
         timer = Timer()
         began = time.perf_counter()
         compiled = self.context.engine.compilations()
         metrics = self.sampler.rollout_metrics()  # of an evaluation before
+        recorder.begin("rl", iteration, {"policy": self.models.policy, "critic": self.models.critic})
         with timer.phase("rollout"):
             rollout = self.roll_out(prompts, purpose="rl/rollout", step=iteration)
+            rollout = recorder.rolled_out(rollout, row_ids(prompts))
         switched = self.sampler.rollout_metrics()
         timer.seconds["rollout"] -= switched.get("timing_s/switch", 0.0)
         metrics |= switched
         with timer.phase("score"):
-            scored = self.score(rollout, prompts)
+            scored = recorder.scored(self.score(rollout, prompts), self.shape)
         metrics |= self.describe(scored)
-        if self.models.server is None or self.settings.importance_cap is None:
+        is_own = not recorder.replays
+        if is_own and (self.models.server is None or self.settings.importance_cap is None):
             check_sampler_gap(metrics["rollout/logprob_gap_max"], rollout, self.recipe.precision, iteration)
-        if iteration == 0:
+        if is_own and iteration == 0:
             check_reference(scored.logprobs, scored.ref_logprobs, rollout.completions.mask, self.recipe.precision)
         if self.settings.max_kl is not None and metrics["objective/kl"] > self.settings.max_kl:
             raise InvariantError(
@@ -227,42 +239,49 @@ class PPO:
 
     def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
         """Log-probabilities of actor and reference, values, scores, and what the dialect makes of them."""
-        models, settings = self.models, self.settings
+        models = self.models
         temperature = self.sampling.scoring_temperature
         logprobs = rollout.of_response(models.policy.logprobs(rollout.tokens, temperature=temperature))
         ref_logprobs = rollout.of_response(models.reference.logprobs(rollout.tokens, temperature=temperature))
         reading = models.read(rollout, prompts)
         values = reading.values(models.critic.scores(reading.tokens))
         scores = np.asarray(models.score(rollout, reading, prompts), dtype=logprobs.dtype)
-        done, cap = rollout.completions, settings.importance_cap
-        return Scored(
-            rollout=rollout,
-            reading=reading,
-            logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-            values=values,
-            scores=scores,
-            experience=experience(
-                self.dialect,
+        return self.shape(
+            Scored(
+                rollout=rollout,
+                reading=reading,
                 logprobs=logprobs,
                 ref_logprobs=ref_logprobs,
                 values=values,
-                scores=self._penalised(scores, rollout),
-                mask=rollout.completions.mask,
-                ended=rollout.ended,
-                kl_coef=settings.kl_coef,
-                kl_estimator=settings.kl_estimator,
-                gamma=settings.gamma,
-                lam=settings.lam,
-                whiten_rewards=settings.whiten_rewards,
-                score_clip=settings.score_clip,
-            ),
-            weights=None if cap is None else importance_weights(logprobs, done.logprobs, done.mask, cap=cap),
+                scores=scores,
+            )
         )
+
+    def shape(self, scored: Scored) -> Scored:
+        """What the dialect makes of the numbers of a rollout: rewards, returns, advantages, masks."""
+        settings, rollout = self.settings, scored.rollout
+        done, cap = rollout.completions, settings.importance_cap
+        made = experience(
+            self.dialect,
+            logprobs=scored.logprobs,
+            ref_logprobs=scored.ref_logprobs,
+            values=scored.values,
+            scores=self._penalised(scored.scores, rollout),
+            mask=done.mask,
+            ended=rollout.ended,
+            kl_coef=settings.kl_coef,
+            kl_estimator=settings.kl_estimator,
+            gamma=settings.gamma,
+            lam=settings.lam,
+            whiten_rewards=settings.whiten_rewards,
+            score_clip=settings.score_clip,
+        )
+        weights = None if cap is None else importance_weights(scored.logprobs, done.logprobs, done.mask, cap=cap)
+        return replace(scored, made=made, weights=weights)
 
     def update(self, scored: Scored, iteration: int) -> Metrics:
         """All optimizer steps on one rollout. Metrics are means over the steps; norms too."""
-        settings = self.settings
+        settings, recorder = self.settings, self.context.recorder
         rows = len(scored.scores)
         size = rows // settings.mini_batches
         per_step: list[Metrics] = []
@@ -272,14 +291,22 @@ class PPO:
             for index in range(settings.mini_batches):
                 chosen = np.sort(shuffled[index * size : (index + 1) * size])
                 step = turn * settings.mini_batches + index
-                policy = self.models.policy.update(
-                    self.policy_loss, self.policy_batch(scored, chosen), learning_rate=self.policy_rate(step)
+                policy = recorder.update(
+                    "policy",
+                    self.models.policy,
+                    self.policy_loss,
+                    self.policy_batch(scored, chosen),
+                    learning_rate=self.policy_rate(step),
                 )
                 self.updates += 1
-                if not per_step:
+                if not per_step and not recorder.replays:
                     check_first_ratio(policy["policy/ratio_deviation_max"], self.recipe.precision, iteration)
-                critic = self.models.critic.update(
-                    self.value_loss, self.value_batch(scored, chosen), learning_rate=self.critic_rate(step)
+                critic = recorder.update(
+                    "critic",
+                    self.models.critic,
+                    self.value_loss,
+                    self.value_batch(scored, chosen),
+                    learning_rate=self.critic_rate(step),
                 )
                 policy["grad_norm/policy"] = policy.pop("grad_norm")
                 critic["grad_norm/critic"] = critic.pop("grad_norm")
@@ -382,16 +409,10 @@ class PPO:
 
     def roll_out(self, prompts: Sequence[PromptExample], *, purpose: str, step: int) -> Rollout:
         """Sample a response to each prompt; a prompt's repeats have row ids, and so draws, of their own."""
-        repeats: dict[int, int] = {}
-        rows = []
-        for prompt in prompts:
-            repeat = repeats.get(prompt.row, 0)
-            repeats[prompt.row] = repeat + 1
-            rows.append(prompt.row + (repeat << 40))
         return roll_out(
             self._ready(),
             prompts,
-            rows=rows,
+            rows=row_ids(prompts),
             sampling=self.sampling,
             tokenizer=self.context.tokenizer,
             buckets=self.recipe.data.buckets,
@@ -426,3 +447,14 @@ class PPO:
     def _penalised(self, scores: np.ndarray, rollout: Rollout) -> np.ndarray:
         penalty = self.settings.missing_eos_penalty
         return scores - penalty * (~rollout.ended).astype(scores.dtype)
+
+
+def row_ids(prompts: Sequence[PromptExample]) -> list[int]:
+    """What keys the draws of each prompt: its row, and for its repeats ids of their own."""
+    repeats: dict[int, int] = {}
+    rows = []
+    for prompt in prompts:
+        repeat = repeats.get(prompt.row, 0)
+        repeats[prompt.row] = repeat + 1
+        rows.append(prompt.row + (repeat << 40))
+    return rows

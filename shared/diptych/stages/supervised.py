@@ -53,6 +53,7 @@ def num_steps(num_examples: int, settings: SFTRecipe | RewardRecipe) -> int:
 def train(context: StageContext, supervision: Supervision) -> SupervisedResult:
     """Run the stage to its end, from the newest checkpoint where the run resumes."""
     settings, model, stage = supervision.settings, supervision.model, supervision.stage
+    recorder = context.recorder
     total = num_steps(len(supervision.train), settings)
     rate = schedule(settings.learning_rate, settings.optimizer, total)
     checkpoints = Checkpoints(context, stage, {"model": model})
@@ -70,18 +71,23 @@ def train(context: StageContext, supervision: Supervision) -> SupervisedResult:
             first = last = evaluate(supervision)
             logger.log(0, last)
         for step in range(start, total):
+            if not recorder.wants(stage, step):
+                continue
             began = time.perf_counter()
+            recorder.begin(stage, step, {"model": model})
             batch = supervision.make_batch(_examples(context, supervision, step))
+            recorder.batch(batch)
             lr = rate(step)
-            metrics = model.update(supervision.loss, batch, learning_rate=lr)
+            metrics = recorder.update("model", model, supervision.loss, batch, learning_rate=lr)
             seconds = time.perf_counter() - began
             tokens = int(batch.tokens.attention.sum())
             metrics |= {"lr": lr, "tokens": float(tokens), "timing_s/step": seconds}
             done = step + 1
-            if done % settings.eval_every == 0 or done == total:
-                last = evaluate(supervision)
-                metrics |= last
-            logger.log(done, metrics)
+            evaluation: Metrics = {}
+            if (done % settings.eval_every == 0 and not recorder.replays) or done == total:
+                evaluation = last = evaluate(supervision)
+            logger.log(done, metrics | evaluation)
+            recorder.end(stage, step, metrics, evaluation)
             bar.advance(tokens=tokens, shown={"loss": metrics["loss"]} | {k: v for k, v in last.items() if "/" in k})
             every = context.recipe.checkpoint.every
             if every and (done % every == 0 or done == total):
