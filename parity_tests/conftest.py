@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diptych import random
+from diptych.parity.selftest.heat import heat
 from diptych.recipe.load import load_recipe
 from diptych.stages.pipeline import prepare
 from diptych.weights.huggingface import read_checkpoint, with_scalar_head, write_checkpoint
@@ -42,17 +41,6 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("families: the largest error of both engines in each check")
         for line in lines:
             terminalreporter.write_line(line)
-
-
-def heat(checkpoint, seed):
-    """Hot weights: initial-like ones hide most seeded bugs (docs/parity.md). Gains leave 1, projections are larger."""
-    weights = {}
-    for name, value in checkpoint.weights.items():
-        if name.endswith("norm.weight"):
-            weights[name] = value + random.normal(seed, f"heat/{name}", value.shape, std=0.2)
-        else:
-            weights[name] = value * {"score.weight": 1.0}.get(name, 3.0 if "embed" in name else 4.0)
-    return replace(checkpoint, weights=weights)
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diptych.parity.compare import metrics
+from diptych.parity.comparison.rungs import why_not_compared
 from diptych.parity.tolerances import TOLERANCES
 from diptych.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-# Not numbers of the algorithm: how long things took.
-TIMING = ("timing_s/", "switch/", "compilations", "time", "eps", "tokens_per_second")
-# Values that are themselves differences of nearly equal numbers, i.e. rounding noise around 0.
-NOISE = ("rollout/logprob_gap", "policy/first_ratio_deviation", "rollout/token_mult_prob_error")
 
 
 def run(recipe: str, engine: str, output: Path, settings: Sequence[str], *, quick: bool = False) -> list[dict]:
@@ -35,8 +32,7 @@ def run(recipe: str, engine: str, output: Path, settings: Sequence[str], *, quic
 
 
 def numbers(row: dict) -> dict[str, float]:
-    skip = TIMING + NOISE
-    return {k: v for k, v in row.items() if k not in ("stage", "step") and not k.startswith(skip)}
+    return {k: v for k, v in row.items() if k not in ("stage", "step") and why_not_compared(k) is None}
 
 
 def compare(a: list[dict], b: list[dict]) -> list:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diptych.cli import main
 from diptych.errors import UserError
 from diptych.parity.comparison.rungs import climb
 from diptych.parity.foreign.replay import replay
@@ -167,3 +168,16 @@ def test_a_thousandth_is_seen(name, rung):
 def last_of_trl():
     trace = Trace(REAL / "trl-1.12.0")
     return both(trace, trace.read(*trace.steps[-1]), "torch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trainer", "code", "says"), [("trl-1.12.0", 0, "the same"), ("tunix-0.1.7", 1, "A is wrong")])
+def test_a_real_recording_is_replayed_and_judged_from_the_command_line(trainer, code, says, tmp_path, capsys):
+    """Tunix truncated its rewards to integers: the truth of its own formulas says so."""
+    words = ["parity", "record", "--replay", str(REAL / trainer), "--engine", "torch", "-o", str(tmp_path / "ours")]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["parity", "compare", str(REAL / trainer), str(tmp_path / "ours"), "--truth"]) == code
+    assert says in capsys.readouterr().out
+    assert main([*words[:-1], str(tmp_path / "again"), "--steps", "2"]) == 2
+    assert "from its own settings" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def replayed(recorded):
-    words = ("--engine", "jax", "--steps", 2, "--every", 1, "--replay", recorded)
+    words = ("--engine", "jax", "--steps", 2, "--replay", recorded)
     diptych("record", "recipes/quickstart.yaml", *words, "-o", recorded.parent / "b", *SETTINGS)
     return recorded.parent / "b"
 
@@ -95,7 +95,7 @@ BUGS = {  # what the replaying side is told otherwise -> the first red rung
 @pytest.mark.xdist_group("record")
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_planted_in_one_of_them_is_the_first_red_rung(bug, recorded, tmp_path):
-    words = ("--engine", "torch", "--steps", 2, "--every", 1, "--stage", "rl", "--replay", recorded)
+    words = ("--engine", "torch", "--steps", 2, "--stage", "rl", "--replay", recorded)
     diptych("record", "recipes/quickstart.yaml", *words, "-o", tmp_path / "b", *SETTINGS, bug)
     done = diptych("compare", recorded, tmp_path / "b", "--truth", "--json", tmp_path / "r.json", ok=(1,))
     found = json.loads((tmp_path / "r.json").read_text())
@@ -106,7 +106,10 @@ def test_a_bug_planted_in_one_of_them_is_the_first_red_rung(bug, recorded, tmp_p
 @pytest.mark.slow
 @pytest.mark.xdist_group("record")
 def test_what_cannot_be_replayed_or_compared_is_exit_code_2(recorded, replayed, tmp_path):
-    words = ("--engine", "torch", "--steps", 2, "--every", 1, "--stage", "rl", "--replay", recorded)
+    words = ("--engine", "torch", "--steps", 2, "--stage", "rl", "--replay", recorded)
+    for knob in (("--every", 2), ("--depth", "metrics")):
+        done = diptych("record", "recipes/quickstart.yaml", *words, *knob, "-o", tmp_path / "b", *SETTINGS, ok=(2,))
+        assert "no effect with --replay" in done.stderr
     other = [*SETTINGS, "data.buckets=[48, 128]"]
     done = diptych("record", "recipes/quickstart.yaml", *words, "-o", tmp_path / "b", *other, ok=(2,))
     assert "replay it with the recipe and data" in done.stderr

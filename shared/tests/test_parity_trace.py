@@ -96,7 +96,15 @@ def append(path, text):
     path.write_text(path.read_text() + text)
 
 
+def drop(path, name):
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[-1])
+    del row["tensors"][name]
+    path.write_text("\n".join([*lines[:-1], json.dumps(row)]) + "\n")
+
+
 BROKEN = {
+    "an array that nobody names": (lambda d: drop(d / "index.jsonl", "empty"), "does not name"),
     "no trace": (lambda d: (d / "trace.json").unlink(), "trace.json"),
     "another format": (lambda d: change(d / "trace.json", "diptych-trace", "x"), "is not a Diptych trace"),
     "a later version": (lambda d: change(d / "trace.json", '"version": 1', '"version": 9'), "version 9"),

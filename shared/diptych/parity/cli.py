@@ -75,10 +75,10 @@ def add_parity_command(commands: argparse._SubParsersAction) -> None:
     record.add_argument(
         "--depth",
         choices=["metrics", "tensors", "layers", "ops"],
-        default="tensors",
-        help="metrics: what the run logs; tensors: every rung of the ladder; layers, ops: also inside the models",
+        help="metrics: what the run logs; tensors (default): every rung of the ladder; layers, ops: also inside the "
+        "models",
     )
-    record.add_argument("--every", type=int, default=10, help="tensors of every Nth step (default: 10); metrics of all")
+    record.add_argument("--every", type=int, help="tensors of every Nth step (default: 10), metrics of all")
     record.set_defaults(command=_record)
 
     compare = actions.add_parser("compare", help="two traces, rung by rung: where they part and who is wrong")

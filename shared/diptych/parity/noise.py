@@ -113,13 +113,13 @@ def measure(
     from diptych.parity.side_by_side import SIDES, finished, record_in_process
 
     def run(name: str, engine: str, more: Sequence[str] = (), variables=None, replay: Path | None = None) -> Trace:
-        extra = [] if replay is None else ["--replay", str(replay)]
+        extra = ["--every", "1"] if replay is None else ["--replay", str(replay)]
         process = record_in_process(
             recipe_path,
             work / name,
             engine=engine,
             overrides=[*overrides, *more],
-            options=[*options, "--every", "1", *extra],
+            options=[*options, *extra],
             variables={"DIPTYCH_PROGRESS": "off"} | dict(variables or {}),
         )
         return finished(process, work / name)

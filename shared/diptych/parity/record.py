@@ -110,22 +110,27 @@ def command(options: argparse.Namespace) -> int:
     """`diptych parity record`."""
     replay = None if options.replay is None else Trace(options.replay)
     if replay is not None and replay.provenance.get("foreign"):
-        if options.recipe is not None or options.overrides or options.steps or options.stage:
+        more = (options.recipe, options.overrides, options.steps, options.stage, options.depth, options.every)
+        if any(more):
             raise UserError(
                 f"{options.replay}: a trace of {replay.producer.get('name')} is replayed from its own settings and "
-                "models: give no recipe, settings, --steps or --stage"
+                "models: give no recipe, settings, --steps, --stage, --depth or --every"
             )
         record_foreign(replay, engine=options.engine, output=options.output)
         return 0
     if options.recipe is None:
         raise UserError("name a recipe (only a replay of another trainer's trace goes without)")
+    if replay is not None and options.every is not None:
+        raise UserError("--every has no effect with --replay: a replay is of the steps that the trace has tensors of")
+    if replay is not None and options.depth == "metrics":
+        raise UserError("--depth metrics has no effect with --replay: a replay records every rung that it is fed")
     recipe = load_for_steps(options.recipe, options.overrides, options.steps)
     trace = record(
         recipe,
         engine=options.engine,
         output=options.output,
-        depth=options.depth,
-        every=options.every,
+        depth=options.depth or "tensors",
+        every=10 if options.every is None else options.every,
         replay=replay,
         stages=options.stage,
     )

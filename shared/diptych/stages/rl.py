@@ -24,6 +24,7 @@ from diptych.data.examples import PromptExample
 from diptych.engine import Loss, Metrics, TrainBatch
 from diptych.errors import InvariantError
 from diptych.parity.tolerances import coarser
+from diptych.recipe.schema import RLRecipe
 from diptych.run.metrics import MetricsLogger
 from diptych.run.progress import Progress
 from diptych.stages.checkpoints import Checkpoints
@@ -269,12 +270,7 @@ class PPO:
             scores=self._penalised(scored.scores, rollout),
             mask=done.mask,
             ended=rollout.ended,
-            kl_coef=settings.kl_coef,
-            kl_estimator=settings.kl_estimator,
-            gamma=settings.gamma,
-            lam=settings.lam,
-            whiten_rewards=settings.whiten_rewards,
-            score_clip=settings.score_clip,
+            **experience_settings(settings),
         )
         weights = None if cap is None else importance_weights(scored.logprobs, done.logprobs, done.mask, cap=cap)
         return replace(scored, made=made, weights=weights)
@@ -447,6 +443,12 @@ class PPO:
     def _penalised(self, scores: np.ndarray, rollout: Rollout) -> np.ndarray:
         penalty = self.settings.missing_eos_penalty
         return scores - penalty * (~rollout.ended).astype(scores.dtype)
+
+
+def experience_settings(settings: RLRecipe) -> dict[str, Any]:
+    """What the recipe tells `diptych.algorithms.dialects.experience`, beside the dialect."""
+    names = ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards", "score_clip")
+    return {name: getattr(settings, name) for name in names}
 
 
 def row_ids(prompts: Sequence[PromptExample]) -> list[int]:

@@ -27,18 +27,25 @@ def step_findings(name: str, a: Step, b: Step, *, limit: float) -> list[Finding]
     if start not in a.tensors or start not in b.tensors or not rate > 0:
         return []
     before, new_a, new_b = (one.astype(np.float64) for one in (a.array(start), a.array(name), b.array(name)))
-    if not np.array_equal(a.array(start), b.array(start)) or not np.isfinite([new_a.sum(), new_b.sum()]).all():
+    if (
+        not np.array_equal(a.array(start), b.array(start))
+        or not np.isfinite([one.sum() for one in (before, new_a, new_b)]).all()
+    ):
         return []
     made, apart = new_a - before, new_b - new_a
-    found = []
+    weights, step = float(np.linalg.norm(before)), float(np.linalg.norm(made))
+    if step == 0 or weights == 0:
+        return []
+    # Both at once, by least squares: steps and weights are not at right angles. Of norms and biases they lie too close.
+    along = [made / step] + ([before / weights] if before.ndim > 1 else [])
+    products = np.array([[np.vdot(one, other) for other in along] for one in along])
+    shares = np.linalg.lstsq(products, np.array([np.vdot(one, apart) for one in along]), rcond=None)[0]
     coarsest = max(float(np.finfo(side.array(name).dtype).eps) for side in (a, b))
     rounding = ROUNDINGS * coarsest / math.sqrt(before.size)
-    weights, step = float(np.linalg.norm(before)), float(np.linalg.norm(made))
-    if step > 0:
-        size = float(np.vdot(apart, made)) / step**2
-        found.append((size, rounding * weights / step, f"the step is {1 + size:.4g} times as large"))
-    if weights > 0 and before.ndim > 1:  # of norms and biases, step and weights lie too close together
-        decay = -float(np.vdot(apart, before)) / weights**2 / rate
+    size = float(shares[0]) / step
+    found = [(size, rounding * weights / step, f"the step is {1 + size:.4g} times as large")]
+    if len(shares) > 1:
+        decay = -float(shares[1]) / weights / rate
         found.append((decay, rounding / rate, f"decays by {decay:.3g} x learning rate more"))
     errors = ((max(0.0, abs(value) - noise), words) for value, noise, words in found)
     return [

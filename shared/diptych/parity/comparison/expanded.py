@@ -15,12 +15,11 @@ from diptych.parity.comparison.causes import Cause, likely_causes
 from diptych.parity.comparison.findings import Finding, RungResult
 from diptych.parity.comparison.ladder import Comparison, StepResult
 from diptych.parity.comparison.patterns import Evidence, where_counted
+from diptych.parity.tolerances import TOLERANCES
 from diptych.parity.trace import Step, Trace
 from diptych.parity.truth.truth import Truth, who
 
 LOGPROBS = ("logprobs", "ref_logprobs", "response/logprobs", "policy/outputs", "policy/next_outputs")
-# Of the consistency of an update (`Truth.consistency`): errors relative to a step's own length, rounding taken off.
-CONSISTENT = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +262,7 @@ def _by_oracle(
                 for side in (a, b)
             ]  # fmt: skip
             how = f"the outputs are those of each side's new weights; {_own_moments(found)}"
-            return None, _verdict(worst[0], worst[1], CONSISTENT[found.precision], how)
+            return None, _verdict(worst[0], worst[1], TOLERANCES["own_update"].at(found.precision), how)
         return None, _verdict(errors[0], errors[1], rung.limit, "each against its own new weights")
     true = truth.of(name)
     if not isinstance(true, np.ndarray):
@@ -303,7 +302,7 @@ def _by_consistency(found: Comparison, name: str, a: tuple[Trace, Step], b: tupl
     """Moments and weights: does each side's update follow from its own moments, by the recorded side's recipe?"""
     role, _, rest = name.partition("/")
     errors = [_consistency(found, a, b, side, role).get(rest, math.nan) for side in (a, b)]
-    return _verdict(errors[0], errors[1], CONSISTENT[found.precision], _own_moments(found))
+    return _verdict(errors[0], errors[1], TOLERANCES["own_update"].at(found.precision), _own_moments(found))
 
 
 def _consistency(

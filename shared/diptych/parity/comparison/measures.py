@@ -110,11 +110,6 @@ def clip_flips(
     return _flips(beyond[0] != beyond[1], np.minimum(*(np.abs(ratio - edge) for ratio in ratios)), _seen(a, mask))
 
 
-def token_flips(a: np.ndarray, b: np.ndarray, *, margins: np.ndarray, mask: Mask = None) -> Flips:
-    """Tokens drawn differently; margins: distance of each draw to its boundary, the smaller of both sides'."""
-    return _flips(a != b, _wide(margins), _seen(a, mask))
-
-
 def top_k_flips(a: np.ndarray, b: np.ndarray, *, k: int = 1, mask: Mask = None) -> Flips:
     """Rows of logits [..., vocabulary] whose k largest are other tokens on the other side, by value then by index (k 1:
     argmax). Margins: the gap between the k-th and the next, the smaller of both sides'. mask: [...]."""

@@ -30,6 +30,7 @@ from diptych.engine import (
     load_engine,
 )
 from diptych.errors import UserError
+from diptych.parity.foreign.terms import terms_of
 from diptych.parity.trace import Recorded, Step, Trace, TraceWriter
 from diptych.run.environment import describe_environment
 from diptych.run.progress import Progress
@@ -167,21 +168,20 @@ def _scored(trace: Trace, step: Step, engine: Engine) -> dict[str, np.ndarray]:
     if "values" in step.tensors:
         values = model_of(trace, step, engine, "critic").scores(batch)[:, first - 1 : first - 1 + new]
         found["values"] = values
-    if trace.provenance["dialect"] is None or "values" not in step.tensors:
+    terms = terms_of(trace.provenance)
+    if terms is None or "values" not in step.tensors:
         return found
     kind = step.array("logprobs").dtype
     ended = step.array("used/finish").astype(bool)
-    penalty = settings.get("missing_eos_penalty", 0.0)
     made = experience(
-        trace.provenance["dialect"],
+        terms.dialect,
         logprobs=step.array("logprobs"),
         ref_logprobs=step.array("ref_logprobs"),
         values=step.array("values"),
-        scores=step.array("scores") - (penalty * ~ended).astype(kind),
+        scores=step.array("scores") - (terms.missing_eos_penalty * ~ended).astype(kind),
         mask=step.array("used/mask"),
         ended=ended,
-        **{name: settings[name] for name in ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards")},
-        score_clip=settings.get("score_clip"),
+        **terms.options,
     )
     return found | {
         "kl": made.kl_per_response,

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from array_api_compat import array_namespace
 
 from diptych.algorithms.advantages import Whitening
 from diptych.engine import Completions, Finish, OptimizerSpec, TokenBatch, TrainBatch
@@ -180,8 +181,6 @@ def _not_shifted(loss: Any) -> Any:
     inner = loss.function
 
     def wrong(outputs: Any, **inputs: Any) -> Any:
-        from array_api_compat import array_namespace
-
         return inner(array_namespace(outputs).roll(outputs, -1, axis=1), **inputs)
 
     return replace(loss, function=wrong)

@@ -26,6 +26,7 @@ from diptych.algorithms.losses import (
 from diptych.engine import Finish, Head, Loss, Metrics, TokenBatch, TrainBatch
 from diptych.families.decoder import DecoderConfig
 from diptych.families.family import ModelConfig, read_model, tensor_shapes
+from diptych.parity.foreign.terms import terms_of
 from diptych.parity.steps import ROLES
 from diptych.parity.trace import Step, Trace
 from diptych.parity.truth.oracle import evaluate, forward
@@ -33,6 +34,7 @@ from diptych.parity.truth.slope import Slope, direction, first_step, slope
 from diptych.parity.truth.update import consistency
 from diptych.recipe.load import recipe_from_text
 from diptych.recipe.schema import Recipe
+from diptych.stages.rl import experience_settings
 
 T = TypeVar("T")
 Weights = Mapping[str, np.ndarray]
@@ -132,23 +134,19 @@ class Truth:
         """Rewards, advantages and returns from the recorded log-probabilities, values and scores, in float64."""
         needed = ("logprobs", "ref_logprobs", "values", "scores", "used/mask")
         ended = self._ended
-        if self.recipe is None or ended is None or not self.step.tensors.keys() >= set(needed):
+        if ended is None or not self.step.tensors.keys() >= set(needed):
             return None
-        settings = self.recipe.rl
+        if self.recipe is not None:
+            rl = self.recipe.rl
+            dialect, penalty, options = rl.dialect, rl.missing_eos_penalty, experience_settings(rl)
+        elif terms := terms_of(self.trace.provenance):
+            dialect, penalty, options = terms.dialect, terms.missing_eos_penalty, terms.options
+        else:
+            return None
         wide = {name: self.step.array(name).astype(np.float64) for name in needed[:4]}
-        wide["scores"] = wide["scores"] - settings.missing_eos_penalty * ~ended
-        return experience(
-            settings.dialect,
-            **wide,
-            mask=self.step.array("used/mask").astype(bool),
-            ended=ended,
-            kl_coef=settings.kl_coef,
-            kl_estimator=settings.kl_estimator,
-            gamma=settings.gamma,
-            lam=settings.lam,
-            whiten_rewards=settings.whiten_rewards,
-            score_clip=settings.score_clip,
-        )
+        wide["scores"] = wide["scores"] - penalty * ~ended
+        mask = self.step.array("used/mask").astype(bool)
+        return experience(dialect, **wide, mask=mask, ended=ended, **options)
 
     def loss(self, role: str) -> Loss | None:
         """The loss that trains the role, as the stages make it."""
