@@ -114,8 +114,9 @@ def seed_torch(bug: str, patch: pytest.MonkeyPatch) -> None:
 
     from diptych_torch import decode
     from diptych_torch.model import Network
+    from diptych_torch.program import Program
 
-    generate, hidden_states = decode.Decoder.generate, Network.hidden_states
+    generate = decode.Decoder.generate
     generating: list[bool] = []
 
     def bugged_generate(self: Any, *inputs: Any, **settings: Any) -> Any:
@@ -142,17 +143,21 @@ def seed_torch(bug: str, patch: pytest.MonkeyPatch) -> None:
             for name, weight in named.items():
                 weight.data = before[name]
 
-    def bugged_hidden_states(self: Any, tokens: Any, positions: Any, segments: Any, *rest: Any) -> Any:
-        if generating and bug == "position" and tokens.shape[1] == 1:
-            positions = positions.clone()
-            positions[1] += 1
-        if generating and bug == "mask" and tokens.shape[1] > 1:
-            segments = segments.clone()
-            segments[1] = segments[1].max()  # the padding before this prompt is read
-        return hidden_states(self, tokens, positions, segments, *rest)
+    def bugged(hidden_states: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(self: Any, tokens: Any, positions: Any, segments: Any, *rest: Any) -> Any:
+            if generating and bug == "position" and tokens.shape[1] == 1:
+                positions = positions.clone()
+                positions[1] += 1
+            if generating and bug == "mask" and tokens.shape[1] > 1:
+                segments = segments.clone()
+                segments[1] = segments[1].max()  # the padding before this prompt is read
+            return hidden_states(self, tokens, positions, segments, *rest)
+
+        return changed
 
     patch.setattr(decode.Decoder, "generate", bugged_generate)
-    patch.setattr(Network, "hidden_states", bugged_hidden_states)
+    for one in (Network, Program):  # whichever of them decodes
+        patch.setattr(one, "hidden_states", bugged(one.hidden_states))
 
 
 def seed_jax(bug: str, patch: pytest.MonkeyPatch) -> None:

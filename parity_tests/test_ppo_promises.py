@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diptych.engine import Finish
+from diptych.engine import Completions, Finish
 from diptych.errors import InvariantError
+from diptych.parity.tolerances import TOLERANCES
 from diptych.recipe.load import load_recipe
 from diptych.run.compare import is_timing
 from diptych.stages.pipeline import prepare
 from diptych.stages.rl import PPO, build_models
+from diptych.stages.rollout import fitted
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 SETTINGS = [
@@ -94,7 +96,7 @@ def test_eos_is_trained_and_carries_the_score(engine, start):
 
     completions = replace(done, tokens=tokens, mask=mask, finish=finish)
     rollout = replace(ended, completions=completions, tokens=join(ended.prompts, completions))
-    scored = ppo.score(rollout, ppo.prompts(train, 0))
+    scored = ppo.score(rollout, ppo.prompts(train, 0), 0)
     made = scored.experience
     assert made.policy_mask[0].tolist() == [True] * 4 + [False] * (mask.shape[1] - 4)
     kl_only = -ppo.settings.kl_coef * (scored.logprobs - scored.ref_logprobs)[0]
@@ -148,6 +150,8 @@ def test_invariants_stop_a_broken_run(engine, start):
 
     ppo.models = replace(ppo.models, policy=Stale(ppo.models.policy, other.models.reference))
     with pytest.raises(InvariantError, match="sampler's log-probabilities differ"):
+        ppo.iterate(prompts, 0)
+    with pytest.raises(InvariantError, match="first update's ratio.*stale decode weights"):  # no pass of their own
         ppo.iterate(prompts, 1)
 
     # Scoring and update disagree about the temperature.
@@ -163,3 +167,66 @@ def test_the_kl_bound_stops_the_run(engine, start):
     ppo.iterate(ppo.prompts(train, 0), 0)
     with pytest.raises(InvariantError, match=r"rl\.max_kl"):
         ppo.iterate(ppo.prompts(train, 1), 1)
+
+
+def logged(ppo: PPO, train, iterations: int = 3) -> list[dict[str, float]]:
+    """What some iterations log, without clocks."""
+    found = [ppo.iterate(ppo.prompts(train, step), step)[0] for step in range(iterations)]
+    return [{k: v for k, v in row.items() if not is_timing(k) and k != "compilations"} for row in found]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_samplers_log_probabilities_save_a_pass_and_change_nothing(engine, start, monkeypatch):
+    """float64: the old log-probabilities are the sampler's after the first iteration, and the numbers stay."""
+    double = "precision=float64"
+    rows = logged(*start(engine, double, "rl.old_logprobs=trainer"))
+    ppo, train = start(engine, double)
+    passes = []
+    own = ppo.models.policy.logprobs
+    monkeypatch.setattr(ppo.models.policy, "logprobs", lambda *a, **k: passes.append(1) or own(*a, **k))
+    saved = logged(ppo, train)
+    assert len(passes) == 1
+    assert "rollout/logprob_gap_max" in saved[0]
+    assert "rollout/logprob_gap_max" not in saved[1]
+    limit = TOLERANCES["trajectory_relative"].float64
+    for row, other in zip(rows, saved, strict=True):
+        for name, value in other.items():
+            assert value == pytest.approx(row[name], rel=limit, abs=1e-9), name
+        assert other["rollout/tokens_crc32"] == row["rollout/tokens_crc32"]
+
+
+@pytest.mark.parametrize("settings", [["precision=bfloat16", "layout.zero.stage=1"], ["rl.importance_cap=2"]])
+def test_where_sampler_and_trainer_may_differ_the_trainer_is_asked(settings, start):
+    ppo, train = start("torch", *settings)
+    assert all("rollout/logprob_gap_max" in row for row in logged(ppo, train, 2))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_responses_are_cut_to_a_bucket_and_no_number_changes(engine, start):
+    double = "precision=float64"
+    words = (double, "rollout.temperature=0.05", "rollout.max_new_tokens=48")  # cold: stops are drawn early or never
+    rows = logged(*start(engine, *words))
+    ppo, train = start(engine, *words, "rollout.response_buckets=[4,8,16,24,32,40]")
+    seen = []
+    own = ppo.models.critic.scores
+    ppo.models.critic.scores = lambda batch: seen.append(batch.tokens.shape[1] - batch.first) or own(batch)
+    cut = logged(ppo, train)
+    assert seen == [
+        next(width for width in (4, 8, 16, 24, 32, 40, 48) if width >= row["response_length/max"]) for row in rows
+    ]
+    limit = TOLERANCES["trajectory_relative"].float64
+    for row, other in zip(rows, cut, strict=True):
+        for name, value in other.items():
+            assert value == pytest.approx(row[name], rel=limit, abs=1e-9), name
+
+
+def test_a_cut_keeps_every_token():
+    mask = np.arange(10) < np.array([3, 5, 1])[:, None]
+    done = Completions(
+        tokens=np.where(mask, 7, 0).astype(np.int32), mask=mask, logprobs=-mask.astype(np.float32),
+        margins=mask.astype(np.float32), finish=np.ones(3, np.int32),
+    )  # fmt: skip
+    for widths, expected in (((), 10), ((4,), 10), ((4, 5), 5), ((6, 8), 6)):
+        cut = fitted(done, widths)
+        assert cut.tokens.shape == cut.mask.shape == cut.logprobs.shape == cut.margins.shape == (3, expected)
+        assert cut.mask.sum() == mask.sum()

@@ -60,8 +60,7 @@ def recipe_of(model: str, work: Path, stories: Path) -> tuple[Path, list[str]]:
     whole["model"] = yaml.safe_load((ROOT / "recipes" / "families" / f"{model}.yaml").read_text("utf-8"))["model"]
     path = work / f"{model}.yaml"
     path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
-    # A new RNN's state forgets all but the last tokens, and pairs that end alike score alike but for rounding.
-    return path, [*SMALL, "model.new.initializer_range=0.1"] if model == "rnn" else SMALL
+    return path, SMALL
 
 
 def commands(model: str, check: str, steps: int | None) -> list[str]:
@@ -81,6 +80,10 @@ def run(model: str, check: str, *, work: Path, stories: Path, steps: int | None)
     if found.exists():
         return
     recipe, settings = recipe_of(model, work, stories)
+    if model == "rnn" and check != "selftest":
+        # A new RNN's state forgets all but the last tokens, and pairs that end alike score alike but for rounding. (The
+        # self-test heats new weights itself; heated twice they are chaotic.)
+        settings = [*settings, "model.new.initializer_range=0.1"]
     settings = settings + (BFLOAT16 if check == "bfloat16" else [])
     settings = settings + (CALM.get(model, []) if check == "float64" else [])
     settings = settings + (FEWER if check in ("selftest", "bfloat16") and model == "quickstart" else [])
@@ -93,9 +96,6 @@ def run(model: str, check: str, *, work: Path, stories: Path, steps: int | None)
             [sys.executable, "-m", "diptych.cli", "parity", *words],
             cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"DIPTYCH_PROGRESS": "plain"},
         )  # fmt: skip
-    if done.returncode not in (0, 1) or not partial.exists():
-        print(f"{model} {check}: failed with exit code {done.returncode}: see {log.name}")
-        return
     shown = [word.replace(str(ROOT) + "/", "").replace(str(stories), "STORIES260K") for word in words]
     about = {
         "command": "diptych parity " + " ".join(word for word in shown if word not in ("--json", str(partial))),
@@ -103,8 +103,13 @@ def run(model: str, check: str, *, work: Path, stories: Path, steps: int | None)
         "minutes": (time.time() - began) / 60,
         "date": time.strftime("%Y-%m-%d"),
     }
-    found.write_text(json.dumps({"about": about, "found": json.loads(partial.read_text())}), encoding="utf-8")
-    partial.unlink()
+    if done.returncode not in (0, 1) or not partial.exists():
+        lines = Path(log.name).read_text(encoding="utf-8").splitlines()
+        why = next((line for line in reversed(lines) if line.startswith("diptych: ")), f"exit code {done.returncode}")
+        found.write_text(json.dumps({"about": about, "found": None, "why": why}), encoding="utf-8")
+    else:
+        found.write_text(json.dumps({"about": about, "found": json.loads(partial.read_text())}), encoding="utf-8")
+        partial.unlink()
     print(f"{model} {check}: exit code {done.returncode}, {about['minutes']:.1f} minutes")
 
 
@@ -212,7 +217,7 @@ def page(work: Path) -> str:
             continue
         lines += [f"## {TITLES[check]}", "", "| model | |", "| --- | --- |"]
         for model, result in results.items():
-            cell = "not run" if result is None else f"{CELLS[check](result['found'])}"
+            cell = "not run" if result is None else _cell(check, result)
             lines.append(f"| {model} | {cell} |")
         lines += ["", *(f"* {model}: `{_shown(one, work)}` ({one['about']['minutes']:.0f} min, {one['about']['date']})"
                         for model, one in results.items() if one)]  # fmt: skip
@@ -221,6 +226,11 @@ def page(work: Path) -> str:
     if matrix is not None:
         lines += ["## Detection matrix of the quickstart: check x bug", "", *_matrix(matrix["found"]), ""]
     return "\n".join(lines)
+
+
+def _cell(check: str, result: dict[str, Any]) -> str:
+    """What a check found, or why it did not get that far."""
+    return f"**failed**: {result['why']}" if result["found"] is None else CELLS[check](result["found"])
 
 
 def _matrix(found: dict[str, Any]) -> list[str]:

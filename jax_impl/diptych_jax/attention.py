@@ -100,9 +100,11 @@ def self_attention(
     mask_BTT = (distance_TT >= 0) & (segments_BT[:, :, None] == segments_BT[:, None, :])
     limits = [UNLIMITED if window is None else window for window in windows]
 
-    def read(q_BTNH, k_BTKH, v_BTKH, which):
+    def read(q_BTNH, k_BTKH, v_BTKH, which) -> Any:
         limit = limits[0] if which is None else jnp.asarray(limits)[which]
         mask = mask_BTT if windows == (None,) else mask_BTT & (distance_TT < limit)
+        if kernel == "xla" and q_BTNH.dtype == jnp.float32 and softcap is None and bias_BNTS is None:
+            return softmax_attention(q_BTNH, k_BTKH, v_BTKH, mask, scale)
         return attention(q_BTNH, k_BTKH, v_BTKH, mask, **options, bias_BNTS=bias_BNTS, kernel=kernel)
 
     return read
@@ -160,3 +162,58 @@ def _einsum_attention(
     probs_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, lowest), axis=-1)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     return out_BTKGH.reshape(batch, length, heads, size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def softmax_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "B T S"],
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """`attention` in float32 of queries that each see a key, with a derivative of its own: of [T, S] it keeps one
+    array, the exponentials, and reads it once. They are divided by their sum after the product with the values."""
+    return _softmax_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)[0]
+
+
+def _softmax_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale: float):
+    q_BKMH, k_BKSH, v_BKSH = _by_head(q_BTNH, k_BSKH), _by_head(k_BSKH, k_BSKH), _by_head(v_BSKH, k_BSKH)
+    scores_BKMS = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH)
+    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    mask_BKMS = jnp.tile(mask_BTS, (1, groups, 1))[:, None]
+    scores_BKMS = jnp.where(mask_BKMS, scores_BKMS * scale, jnp.finfo(scores_BKMS.dtype).min)
+    exps_BKMS = jnp.exp(scores_BKMS - jnp.max(scores_BKMS, axis=-1, keepdims=True))
+    sums_BKM1 = jnp.sum(exps_BKMS, axis=-1, keepdims=True)
+    out_BTNH = _by_column(jnp.einsum("BKMS,BKSH->BKMH", exps_BKMS, v_BKSH) / sums_BKM1, q_BTNH)
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, exps_BKMS, sums_BKM1, out_BTNH)
+
+
+def _softmax_backward(scale: float, saved, change_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, exps_BKMS, sums_BKM1, out_BTNH = saved
+    q_BKMH, k_BKSH, v_BKSH = _by_head(q_BTNH, k_BSKH), _by_head(k_BSKH, k_BSKH), _by_head(v_BSKH, k_BSKH)
+    mean_BKM1 = jnp.sum(_by_head(change_BTNH * out_BTNH, k_BSKH), axis=-1, keepdims=True)
+    change_BKMH = _by_head(change_BTNH, k_BSKH) / sums_BKM1  # of each exponential's own share
+    dv_BKSH = jnp.einsum("BKMS,BKMH->BKSH", exps_BKMS, change_BKMH)
+    dscores_BKMS = exps_BKMS * (jnp.einsum("BKMH,BKSH->BKMS", change_BKMH, v_BKSH) - mean_BKM1 / sums_BKM1)
+    dq_BKMH = jnp.einsum("BKMS,BKSH->BKMH", dscores_BKMS, k_BKSH) * scale
+    dk_BKSH = jnp.einsum("BKMS,BKMH->BKSH", dscores_BKMS, q_BKMH) * scale
+    return _by_column(dq_BKMH, q_BTNH), _by_column(dk_BKSH, k_BSKH), _by_column(dv_BKSH, v_BSKH), None
+
+
+softmax_attention.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _by_head(x_BTNH: Array, k_BSKH: Array) -> Float[Array, "B K M H"]:
+    """Rows [G T] of each key-value head."""
+    batch, length, heads, size = x_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    x_BTKGH = x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    return x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
+
+
+def _by_column(x_BKMH: Array, like_BTNH: Array) -> Float[Array, "B T N H"]:
+    """The inverse of `_by_head`."""
+    batch, length, _, size = like_BTNH.shape
+    x_BKGTH = x_BKMH.reshape(batch, x_BKMH.shape[1], -1, length, size)
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(like_BTNH.shape)

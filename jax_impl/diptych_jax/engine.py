@@ -8,7 +8,8 @@ Environment: DIPTYCH_DEVICES=N uses only the first N devices (comparisons and te
 
 Process-wide switches: `create` sets the matrix multiplication precision to "highest", and x64 on for a float64 engine.
 x64 stays on then; a float32 engine in the same process goes on in float32, because every array that enters a
-program has an explicit type. Compiled programs are kept on disk (`compilations.enable_cache`).
+program has an explicit type. Compiled programs are kept on disk (`compilations.enable_cache`); on a CPU the process
+keeps the memory that it frees (`allocator`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ from diptych.layout import DECODE_RULES, check_slots, resolve
 from diptych.parity.tolerances import TOLERANCES
 from diptych_jax import adapter as adapters
 from diptych_jax import checkpoint, compilations, decode, optimizer, processes, scoring, switch, training, weights
+from diptych_jax.allocator import computes_on_cpu, keep_freed_memory
+from diptych_jax.instruments import JaxInstruments
 from diptych_jax.kernels import Choice, Kernel, choose
 from diptych_jax.mesh import (
     num_shards,
@@ -77,6 +80,8 @@ def create(settings: EngineSettings) -> JaxEngine:
     if settings.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
+    if settings.device == "cpu" or jax.config.jax_platforms == "cpu" or computes_on_cpu():  # pyright: ignore[reportAttributeAccessIssue]
+        keep_freed_memory()
     processes.start(settings)
     compilations.enable_cache(_devices())
     return JaxEngine(settings)
@@ -125,6 +130,9 @@ class JaxEngine:
     def compilations(self) -> int | None:
         """Programs made in this process so far, read back from disk or compiled."""
         return compilations.count()
+
+    def instruments(self) -> JaxInstruments:
+        return JaxInstruments(self._meshes["policy"].devices.flat[0], self.settings.precision)
 
     def environment(self) -> dict[str, str]:
         """Versions, devices and precision switches."""

@@ -121,19 +121,55 @@ def chunked_logprobs(
 ) -> tuple[Float[Array, " N"], Float[Array, " N"] | None]:
     """`token_logprobs` of N rows of hidden states: the log-probability of each row's target, and its entropy."""
 
-    @jax.checkpoint
     def body(x_SCE, targets_SC):
         logits_SCV = tempered(unembed, x_SCE, temperature)
-        normalizer_SC = jax.nn.logsumexp(logits_SCV, axis=-1)
-        # A sum over the vocabulary, which may be split over devices; an index into it would bring it together.
-        is_target_SCV = jnp.arange(logits_SCV.shape[-1]) == targets_SC[..., None]
-        logprobs_SC = jnp.sum(jnp.where(is_target_SCV, logits_SCV, 0), axis=-1) - normalizer_SC
+        logprobs_SC, normalizer_SC = _log_softmax_at(logits_SCV, targets_SC)
         if not entropy:
             return logprobs_SC, None
         logprobs_SCV = jax.lax.stop_gradient(logits_SCV - normalizer_SC[..., None])
-        return logprobs_SC, -jnp.sum(jnp.exp(logprobs_SCV) * logprobs_SCV, axis=-1)
+        return logprobs_SC, -jnp.einsum("SCV,SCV->SC", jnp.exp(logprobs_SCV), logprobs_SCV)
 
     return _in_chunks(body, x_NE, targets_N, chunk)
+
+
+@jax.custom_vjp
+def _log_softmax_at(
+    logits_SCV: Float[Array, "S C V"], targets_SC: Int[Array, "S C"]
+) -> tuple[Float[Array, "S C"], Float[Array, "S C"]]:
+    """The targets' log-probabilities, and the logarithm of the normalizer, which takes no gradient. A derivative of its
+    own, since it then is one pass over the logits."""
+    normalizer_SC = jax.nn.logsumexp(logits_SCV, axis=-1)
+    if _is_whole(logits_SCV):
+        chosen_SC = jnp.take_along_axis(logits_SCV, targets_SC[..., None], axis=-1)[..., 0]
+    else:  # a sum over the vocabulary: an index into it would bring the devices' parts together
+        chosen_SC = jnp.sum(jnp.where(_hits(logits_SCV, targets_SC), logits_SCV, 0), axis=-1)
+    return chosen_SC - normalizer_SC, normalizer_SC
+
+
+def _log_softmax_at_forward(logits_SCV, targets_SC):
+    logprobs_SC, normalizer_SC = _log_softmax_at(logits_SCV, targets_SC)
+    return (logprobs_SC, normalizer_SC), (logits_SCV, targets_SC, normalizer_SC)
+
+
+def _log_softmax_at_backward(saved, changes):
+    """(target's one - probabilities) x the change of the target's log-probability."""
+    logits_SCV, targets_SC, normalizer_SC = saved
+    change_SC1 = changes[0][..., None]
+    probs_SCV = jnp.exp(logits_SCV - normalizer_SC[..., None])
+    return jnp.where(_hits(logits_SCV, targets_SC), change_SC1, 0) - change_SC1 * probs_SCV, None
+
+
+_log_softmax_at.defvjp(_log_softmax_at_forward, _log_softmax_at_backward)
+
+
+def _hits(logits_SCV: Array, targets_SC: Array) -> Bool[Array, "S C V"]:
+    return jnp.arange(logits_SCV.shape[-1], dtype=targets_SC.dtype) == targets_SC[..., None]
+
+
+def _is_whole(logits_SCV: Array) -> bool:
+    """Whether a device of the mesh of the traced program holds the whole vocabulary."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.shape["tensor"] == 1
 
 
 def _in_chunks(body: Callable[[Array, Array], Any], x_NE: Array, targets_N: Array, chunk: int) -> Any:
@@ -144,7 +180,7 @@ def _in_chunks(body: Callable[[Array, Array], Any], x_NE: Array, targets_N: Arra
     x_SNE = constrain(x_NE.reshape(shards, rows, -1), "rows", None, None)
     targets_SN = constrain(targets_N.reshape(shards, rows), "rows", None)
     num_chunks = max(1, -(-rows // chunk))
-    if num_chunks == 1:  # no loop to compile and run for a batch that fits
+    if num_chunks == 1:  # no loop to compile and run for a batch that fits, and nothing to make again
         return jax.tree.map(lambda values: values.reshape(-1), body(x_SNE, targets_SN))
     size = -(-rows // num_chunks)
     padding = ((0, 0), (0, num_chunks * size - rows))
@@ -154,5 +190,5 @@ def _in_chunks(body: Callable[[Array, Array], Any], x_NE: Array, targets_N: Arra
         constrain(jnp.swapaxes(x_SMCE, 0, 1), None, "rows", None, None),
         constrain(jnp.swapaxes(targets_SMC, 0, 1), None, "rows", None),
     )
-    results_MSC = jax.lax.map(lambda inputs: body(*inputs), chunks)
+    results_MSC = jax.lax.map(jax.checkpoint(lambda inputs: body(*inputs)), chunks)
     return jax.tree.map(lambda m: jnp.swapaxes(m, 0, 1).reshape(shards, -1)[:, :rows].reshape(-1), results_MSC)

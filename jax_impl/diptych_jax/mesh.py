@@ -56,10 +56,9 @@ def constrain(x: Array, *dims: Dim) -> Array:
 
     An axis that does not divide (key-value heads fewer than the tensor axis) stays whole. Without a mesh: x.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if _is_one_device():
         return x
-    spec = []
+    mesh, spec = jax.sharding.get_abstract_mesh(), []
     for size, dim in zip(x.shape, dims, strict=True):
         axes = {"rows": ROWS, "tensor": ("tensor",), "all": AXES, None: ()}[dim]
         axes = tuple(axis for axis in axes if axis in mesh.axis_names)
@@ -74,27 +73,38 @@ def pin(x: Array, slot: Slot | None) -> Array:
     return _pin(x, slot, None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(x: Array, slot: Slot) -> Array:
     """A parameter of one layer, whole along fsdp: an all-gather before its use, a reduce-scatter of its gradient."""
+    # On one device x itself: JAX then sees that what a loop over layers keeps of it is there already, stacked.
+    return x if _is_one_device() else _gathered(x, slot)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: Array, slot: Slot) -> Array:
     return _pin(x, slot, DECODE_RULES)
 
 
 def _gathered_forward(x: Array, slot: Slot) -> tuple[Array, None]:
-    return gathered(x, slot), None
+    return _gathered(x, slot), None
 
 
 def _gathered_backward(slot: Slot, _: None, gradient: Array) -> tuple[Array]:
     return (pin(gradient, slot),)
 
 
-gathered.defvjp(_gathered_forward, _gathered_backward)
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _is_one_device() -> bool:
+    """Whether the program that is being traced is for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def _pin(x: Array, slot: Slot | None, rules: Rules | None) -> Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if _is_one_device():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     spec = () if slot is None else slot_spec(slot, shape_of(mesh), rules or rules_of(mesh))
     lead = (None,) * (x.ndim - len(spec))  # all layers at once
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*lead, *spec))

@@ -29,6 +29,7 @@ from diptych_jax.attention import Rotation, attention, rotate, rotation, segment
 from diptych_jax.experts import Routing, mixture
 from diptych_jax.kernels import Kernel
 from diptych_jax.mesh import constrain, gathered
+from diptych_jax.products import project
 from diptych_jax.taps import over_layers, tap
 
 # (queries, keys, values, what the caller gave the layer as its window) -> (what the queries read, and whatever else the
@@ -45,6 +46,10 @@ class Reading(NamedTuple):
 
     hidden_BTE: Float[Array, "B T E"]
     routing: Routing | None
+
+
+# Made again in the backward pass from its inputs, which are there anyway: cheaper than to keep what is in between.
+again = partial(jax.checkpoint, prevent_cse=False)
 
 
 def activate(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -151,14 +156,15 @@ class DecoderLayer(Parameters):
         return layer if adapter is None else DecoderLayer(self.config, layer.changed(LAYER_SLOTS, adapter))
 
     def norm(self, name: str, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return tap(name, normalize(x_BTD, self[name], self[f"{name}_bias"], self.config.norm))
+        normed = again(partial(normalize, norm=self.config.norm))
+        return tap(name, normed(x_BTD, self[name], self[f"{name}_bias"]))
 
     def attention(
         self, x_BTD: Float[Array, "B T D"], angles: Rotation | None, window: Array | int | None, attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
-        q_BTNH = tap("query", add(jnp.einsum("BTD,DNH->BTNH", x_BTD, self["query"]), self["query_bias"]))
-        k_BTKH = tap("key", add(jnp.einsum("BTD,DKH->BTKH", x_BTD, self["key"]), self["key_bias"]))
-        v_BTKH = tap("value", add(jnp.einsum("BTD,DKH->BTKH", x_BTD, self["value"]), self["value_bias"]))
+        q_BTNH = tap("query", add(project(x_BTD, self["query"]), self["query_bias"]))
+        k_BTKH = tap("key", add(project(x_BTD, self["key"]), self["key_bias"]))
+        v_BTKH = tap("value", add(project(x_BTD, self["value"]), self["value_bias"]))
         if self.config.qk_norm is not None:
             q_BTNH = tap("query_norm", normalize(q_BTNH, self["query_norm"], None, self.config.norm))
             k_BTKH = tap("key_norm", normalize(k_BTKH, self["key_norm"], None, self.config.norm))
@@ -167,7 +173,7 @@ class DecoderLayer(Parameters):
         q_BTNH, k_BTKH, v_BTKH = (constrain(part, "rows", None, "tensor", None) for part in (q_BTNH, k_BTKH, v_BTKH))
         read_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, window)
         read_BTNH = tap("attention", constrain(read_BTNH, "rows", None, "tensor", None))
-        return tap("output", add(jnp.einsum("BTNH,NHD->BTD", read_BTNH, self["output"]), self["output_bias"])), cache
+        return tap("output", add(project(read_BTNH, self["output"], axes=2), self["output_bias"])), cache
 
     def mlp(
         self, x_BTD: Float[Array, "B T D"], attention_BT: Bool[Array, "B T"]
@@ -185,13 +191,13 @@ class DecoderLayer(Parameters):
                 experts=self.config.experts,
             )
             return tap("down", y_BTD), routing
-        up_BTF = tap("up", add(jnp.einsum("BTD,DF->BTF", x_BTD, self["up"]), self["up_bias"]))
+        up_BTF = tap("up", add(project(x_BTD, self["up"]), self["up_bias"]))
         if self.config.gated:
-            inner_BTF = act(tap("gate", jnp.einsum("BTD,DF->BTF", x_BTD, self["gate"]))) * up_BTF
+            inner_BTF = again(lambda gate, up: act(gate) * up)(tap("gate", project(x_BTD, self["gate"])), up_BTF)
         else:
-            inner_BTF = act(up_BTF)
+            inner_BTF = again(act)(up_BTF)
         inner_BTF = tap("inner", constrain(inner_BTF, "rows", None, "tensor"))
-        return tap("down", add(jnp.einsum("BTF,FD->BTD", inner_BTF, self["down"]), self["down_bias"])), None
+        return tap("down", add(project(inner_BTF, self["down"]), self["down_bias"])), None
 
 
 def product(x: Float[Array, "*C E"], table_VE: Float[Array, "V E"]) -> Float[Array, "*C V"]:
@@ -262,7 +268,7 @@ class Decoder(LanguageModel):
         table_VE = constrain(self.top("embedding"), "tensor", None)
         x_BTD = constrain(table_VE[tokens_BT], "rows", None, None) * config.embedding_scale
         if self["project_in"] is not None:
-            x_BTD = jnp.einsum("BTE,ED->BTD", x_BTD, self.top("project_in"))
+            x_BTD = project(x_BTD, self.top("project_in"))
         if config.position_offset is not None:
             x_BTD = x_BTD + self.top("positions")[positions_BT + config.position_offset]
         if config.embedding_norm:
@@ -274,7 +280,7 @@ class Decoder(LanguageModel):
         if self.config.final_norm:
             x_BTD = normalize(x_BTD, self["final_norm"], self["final_norm_bias"], self.config.norm)
         if self["project_out"] is not None:
-            x_BTD = jnp.einsum("BTD,DE->BTE", x_BTD, self.top("project_out"))
+            x_BTD = project(x_BTD, self.top("project_out"))
         return tap("final", x_BTD)
 
     def unembedding(self) -> Unembed:

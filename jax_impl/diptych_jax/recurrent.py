@@ -22,6 +22,7 @@ from diptych_jax.adapter import Adapter
 from diptych_jax.kernels import Kernel
 from diptych_jax.mesh import constrain
 from diptych_jax.model import LanguageModel, Parameters, Reading, Unembed, product
+from diptych_jax.products import project
 from diptych_jax.taps import over_layers, tap
 
 LAYER_SLOTS = ("input", "recurrent", "recurrent_bias")
@@ -103,13 +104,13 @@ class Recurrent(LanguageModel):
             parameters = RecurrentLayers(parameters.gathered(self.config, LAYER_SLOTS))
             if adapter is not None:
                 parameters = RecurrentLayers(parameters.changed(LAYER_SLOTS, adapter))
-            added_TBD = jnp.einsum("TBI,ID->TBD", x_TBD, parameters["input"]) + parameters["recurrent_bias"]
+            added_TBD = project(x_TBD, parameters["input"]) + parameters["recurrent_bias"]
             added_TBD = tap("input", jnp.where(attention_BT.T[:, :, None], added_TBD, 0), "t b d -> b t d")
 
             def step(h_BD, column):
                 added_BD, begins_B = column
                 h_BD = jnp.where(begins_B[:, None], 0, h_BD)
-                h_BD = function(added_BD + jnp.einsum("BI,ID->BD", h_BD, parameters["recurrent"]))
+                h_BD = function(added_BD + project(h_BD, parameters["recurrent"]))
                 return h_BD, h_BD
 
             last_BD, h_TBD = jax.lax.scan(step, first_BD, (added_TBD, begins_TB))

@@ -165,6 +165,11 @@ def gradients(trained: Model, frozen: Model, inputs: Inputs, *, program: Program
         (value, metrics), gradient = differentiate(trained, _micro(inputs, rows))
         return pinned(jax.tree.map(jnp.add, total, gradient)), {"loss": value, **metrics}
 
+    if len(inputs.tokens_MBT) == 1:  # nothing to add up
+        (value, metrics), gradient = differentiate(
+            trained, _micro(inputs, jax.tree.map(lambda part: part[0], inputs[:4]))
+        )
+        return {"loss": value, **metrics}, pinned(gradient)
     zeros = pinned(jax.tree.map(jnp.zeros_like, trained))
     total, values = jax.lax.scan(body, zeros, inputs[:4])
     return _combine(values), total

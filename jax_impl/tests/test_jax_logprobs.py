@@ -100,6 +100,28 @@ def test_entropy_has_no_gradient():
     assert (jax.grad(total)(x, 0) != 0).any()  # canary: the log-probabilities have one
 
 
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_the_gradient_is_that_of_a_plain_log_softmax(chunk):
+    draws = np.random.default_rng(0)
+    x, table = (draws.normal(0, 1, shape).astype(np.float32) for shape in ((7, 8), (50, 8)))
+    targets, weights = jnp.array(draws.integers(0, 50, 7)), jnp.array(draws.normal(0, 1, 7).astype(np.float32))
+
+    def chunked(x, table):
+        logprobs, _ = chunked_logprobs(
+            lambda states: states @ table.T, x, targets, jnp.float32(0.7), chunk=chunk, entropy=True
+        )
+        return jnp.sum(weights * logprobs)
+
+    def plain(x, table, shift=0):
+        logprobs = jax.nn.log_softmax(x @ table.T / 0.7, axis=-1)
+        return jnp.sum(weights * logprobs[jnp.arange(7), (targets + shift) % 50])
+
+    for mine, theirs in zip(*(jax.grad(f, argnums=(0, 1))(x, table) for f in (chunked, plain)), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=5e-6)
+    wrong = jax.grad(plain)(x, table, 1)
+    assert np.abs(np.asarray(wrong) - np.asarray(jax.grad(chunked)(x, table))).max() > 0.1  # canary
+
+
 def test_scoring_in_ragged_micro_batches_compiles_once(tiny_model, ragged_batch, count_compilations):
     batch = ragged_batch(7, 20)
     lm, scalar = tiny_model(micro_batch_size=3), tiny_model(head="scalar", micro_batch_size=3)

@@ -1,4 +1,4 @@
-"""The command line: `diptych run | parity | plan | generate | eval | export | weights | recipe | compare | report`.
+"""The command line: `diptych run | parity | bench | plan | generate | eval | export | weights | recipe | ...`.
 
 Exit codes (`parity` has its own): 0 done; 2 something that the user can mend (one line says what, where and what to
 do); 3 a run-time invariant broke; 130 interrupted.
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from diptych import __version__, random
+from diptych.bench.cli import add_bench_command, bench_command
 from diptych.engine import ENGINES, EngineSettings, Memory, ModelSpec, Sampling, load_engine
 from diptych.errors import InvariantError, UserError
 from diptych.parity import cli as parity
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, left_over = parser.parse_known_args(arguments)
     options.overrides = left_over
     unknown = [text for text in left_over if "=" not in text or text.startswith("-")]
-    if unknown or (left_over and options.command not in (_run, _recipe_show, _plan, *parity.SETTINGS)):
+    if unknown or (left_over and options.command not in (_run, _recipe_show, _plan, bench_command, *parity.SETTINGS)):
         parser.error(f"unrecognized arguments: {' '.join(unknown or left_over)} (settings are written key=value)")
     try:
         return options.command(options)
@@ -139,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
 
     parity.add_parity_command(commands)
+    add_bench_command(commands)
     _add_plan_command(commands)
     _add_model_commands(commands)
 

@@ -11,6 +11,7 @@ import enum
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -384,6 +385,25 @@ class Memory:
 
 
 @runtime_checkable
+class Instruments(Protocol):
+    """What an engine can measure of itself and its machine (`diptych bench`)."""
+
+    def ceilings(self) -> dict[str, float]:
+        """What one device reaches at best through this framework, measured now: `flops`, FLOP/s of a large product in
+        the engine's precision; `copy_bytes`, bytes/s of a large copy, read and written counted."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes that the accelerator held so far; None on a CPU."""
+        ...
+
+    def profile(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:
+        """Trace what runs inside into `folder`. The mapping that it gives holds at exit `operations`: rows of name,
+        seconds and calls, the dearest first, and `files`: what was written."""
+        ...
+
+
+@runtime_checkable
 class Engine(Protocol):
     """Everything that touches an accelerator."""
 
@@ -410,6 +430,8 @@ class Engine(Protocol):
     def environment(self) -> dict[str, str]:
         """Versions, devices and precision switches, for the run's record."""
         ...
+
+    def instruments(self) -> Instruments: ...
 
 
 MASTERS: Mapping[Precision, Precision] = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}

@@ -13,9 +13,10 @@ import yaml
 from diptych.cli import _parser
 
 ROOT = Path(__file__).parents[2]
-LAUNCHERS = sorted((ROOT / "scripts").glob("*.s[bh]*")) + sorted((ROOT / "scripts").glob("*.yaml"))
-SHELLS = [path for path in LAUNCHERS if path.suffix != ".yaml"]
-FILES = [ROOT / "docs" / "clusters.md", ROOT / "scripts" / "two_process_cpu.py", *LAUNCHERS]
+BENCH = ROOT / "scripts" / "h200_bench.sh"
+LAUNCHERS = sorted({*(ROOT / "scripts").glob("*.s[bh]*")} - {BENCH}) + sorted((ROOT / "scripts").glob("*.yaml"))
+SHELLS = [BENCH, *(path for path in LAUNCHERS if path.suffix != ".yaml")]
+FILES = [ROOT / "docs" / "clusters.md", ROOT / "scripts" / "two_process_cpu.py", BENCH, *LAUNCHERS]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -23,7 +24,9 @@ def commands(text: str) -> list[list[str]]:
     arguments ("$@", or a variable glued to the word before) for none."""
     joined = re.sub(r"\\\n\s*|(?<=first)\n\s+(?=--)", " ", text)
     found = []
-    for match in re.finditer(r"\bdiptych (?=(?:run|plan|generate|eval|export|compare|report) )([^`\n#&<>|]+)", joined):
+    for match in re.finditer(
+        r"\bdiptych (?=(?:run|plan|bench|generate|eval|export|compare|report) )([^`\n#&<>|]+)", joined
+    ):
         line = re.sub(r'"?\$@"?|(?<=\w)\$\w+|\$\{@\}', "", match[1])
         found.append(shlex.split(re.sub(r'"?\$\{?\w+\}?"?', "word", line)))
     return found

@@ -139,6 +139,9 @@ class TableEngine:
     def environment(self):
         return {"engine": "table"}
 
+    def instruments(self):
+        raise NotImplementedError
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):

@@ -126,6 +126,9 @@ class NumpyEngine:
     def environment(self):
         return {"engine": "numpy"}
 
+    def instruments(self):
+        raise NotImplementedError
+
 
 @pytest.fixture(autouse=True)
 def numpy_engine(monkeypatch):
@@ -196,7 +199,7 @@ def start(models, reward_model, tmp_path, *overrides):
 def test_a_foreign_reading_is_scored_and_gathered_where_it_should_be(models, tmp_path):
     ppo, prompts = start(models, "scores", tmp_path)
     rollout = ppo.roll_out(prompts, purpose="rl/rollout", step=0)
-    scored = ppo.score(rollout, prompts)
+    scored = ppo.score(rollout, prompts, 0)
     theirs = Tokenizer.load(models["scores"])
     worth = ppo.models.critic.worth
     assert 0 < rollout.ended.sum() < len(prompts)  # some ended by themselves, some were cut
@@ -266,7 +269,7 @@ def test_equal_tokenizers_read_the_same_either_way(models, tmp_path):
 def test_the_value_batch_of_equal_tokenizers_is_the_one_before(models, tmp_path):
     """Gathering at columns that count up gives the loss the very bits that reading the scores in place gave it."""
     ppo, prompts = start(models, "ours", tmp_path)
-    scored = ppo.score(ppo.roll_out(prompts, purpose="rl/rollout", step=0), prompts)
+    scored = ppo.score(ppo.roll_out(prompts, purpose="rl/rollout", step=0), prompts, 0)
     batch = ppo.value_batch(scored, np.arange(8))
     scores = ppo.models.critic.scores(batch.tokens)
     masked = batch.arrays["mask"].astype(bool)

@@ -36,7 +36,7 @@ def causal_mask(segments: Shaped[Tensor, "B S"], queries: int, window: int | Non
 
 
 def attend(
-    module: torch.nn.Module,
+    module: Any,
     query: Float[Tensor, "B N Q H"],
     key: Float[Tensor, "B K S H"],
     value: Float[Tensor, "B K S H"],

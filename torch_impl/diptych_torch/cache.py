@@ -30,8 +30,8 @@ class Cache:
         shape = (rows, config.num_kv_heads, columns, config.head_dim)
         layers = range(config.num_layers)
         # Zeros: what is masked out must still be finite, since attention multiplies it by 0.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self._both = [torch.zeros(2, *shape, dtype=dtype, device=device) for _ in layers]
+        self.keys, self.values = [both[0] for both in self._both], [both[1] for both in self._both]
         self.positions = torch.zeros(rows, columns, dtype=torch.int64, device=device)
         self.start = 0
         self._column: Tensor | None = None  # [B], during a step
@@ -39,6 +39,7 @@ class Cache:
         heads = torch.arange(rows * config.num_kv_heads, device=device)
         self._first = heads.view(rows, config.num_kv_heads) * columns  # of each row and head, as the cache lies flat
         self._places = self._first.flatten()
+        self._places_of_both = self._places
         self._indices = torch.arange(columns, device=device)
 
     def clear(self) -> None:
@@ -51,7 +52,14 @@ class Cache:
         """From now on each pass reads one token of each row, into this column of the row, and the first `reach`
         columns."""
         self._column, self._reach, self.start = column, reach, reach - 1
-        self._places = (self._first + column[:, None]).flatten()
+        places = self._first + column[:, None]
+        self._places = places.flatten()
+        self._places_of_both = torch.cat((places, places + self.keys[0][..., 0].numel()), dim=1).flatten()
+
+    @property
+    def is_step(self) -> bool:
+        """Does each pass read one token of each row, into a column of the row's own?"""
+        return self._column is not None
 
     def extend(self, positions: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:
         """Note the new columns' positions; returns those of all columns."""
@@ -86,6 +94,14 @@ class Cache:
         if layer_idx == len(self.keys) - 1:
             self.start = end
         return held[0][:, :, :end], held[1][:, :, :end]
+
+    def write(
+        self, rows: Float[Tensor, "BK2 H"], layer_idx: int
+    ) -> tuple[Float[Tensor, "B K S H"], Float[Tensor, "B K S H"]]:
+        """`update` in a step, of keys and values side by side: each row's K heads of keys, then its K of values."""
+        both = self._both[layer_idx]
+        both.view(-1, both.shape[-1]).index_copy_(0, self._places_of_both, rows)
+        return both[0, :, :, : self._reach], both[1, :, :, : self._reach]
 
     def settle(self, running: Bool[Tensor, " B"] | None = None) -> None:
         """Nothing to do: a row that does not run writes again what it has written."""

@@ -14,6 +14,8 @@ just the filled prefix.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -24,8 +26,9 @@ from torch import Tensor
 from diptych.engine import Completions, Finish, PromptBatch, Sampling
 from diptych.families.family import ModelConfig, check_reach
 from diptych_torch.capture import CannotCapture, Capture, CudaGraphs, Step
+from diptych_torch.linear import packed_linears
 from diptych_torch.model import Network, check_token_ids
-from diptych_torch.packed import packed_linears
+from diptych_torch.program import Program, obstacle
 from diptych_torch.slots import Slots
 
 GROUP = 8  # a refill waits until so many-th a part of the slots can be filled
@@ -60,7 +63,7 @@ class Decoder:
         self.captures = self.recaptures = 0
         self._network = network
         self._device = device
-        self._linears = ""
+        self._how = ""
         self._plain_because = _obstacle(network) if capture or device.type == "cuda" else f"on {device.type}"
         if self._plain_because is None and capture is None:
             capture = CudaGraphs(device)
@@ -77,7 +80,7 @@ class Decoder:
         """One line for the log: how steps run, and why so where there is a faster way."""
         how = f"{self.captures} steps captured" if self._capture else f"steps not captured: {self._plain_because}"
         again = f"; weights had moved before {self.recaptures} rollouts" if self.recaptures else ""
-        return f"decode: {how}{again}" + (f"; {self._linears}" if self._linears else "")
+        return f"decode: {how}{again}" + (f"; {self._how}" if self._how else "")
 
     @torch.inference_mode()
     def generate(
@@ -100,7 +103,7 @@ class Decoder:
         slots.begin(uniforms, sampling.max_new_tokens)
         stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self._device)
         width, taken = prompts.tokens.shape[1], 0
-        with packed_linears(self._network, len(slots.running)) as self._linears:
+        with self._reader_of(slots):
             while True:
                 running, step = slots.look()
                 free, waiting = np.flatnonzero(~running), len(prompts) - taken
@@ -112,6 +115,23 @@ class Decoder:
                     self._advance(slots, sampling, stops, width, step[running])
                 else:
                     return _completions(slots, len(prompts), sampling, pad_token_id)
+
+    @contextmanager
+    def _reader_of(self, slots: Slots) -> Iterator[None]:
+        """Inside, the slots' tokens are read by a program, or by the network's modules where that cannot be."""
+        rows = len(slots.running)
+        reason = obstacle(self._network, self._device)
+        if reason is None:
+            self._how = "by a program of products in oneDNN"
+            slots.reader = Program(self._network, rows)
+            try:
+                yield
+            finally:
+                slots.reader = self._network
+        else:
+            with packed_linears(self._network, rows) as linears:
+                self._how = f"by transformers' modules ({reason}): {linears}"
+                yield
 
     def _slots_for(self, prompts: PromptBatch, sampling: Sampling) -> Slots:
         """The slots that are there, or where these are too small, new ones. Captured steps that are no longer valid are
@@ -148,7 +168,8 @@ class Decoder:
                 for _ in range(num_steps):
                     captured()
                 return
-        slots.advance(sampling, stops, reach)
+        # A CPU reads what lies in one piece twice as fast as what lies in many.
+        slots.advance(sampling, stops, slots.columns if 2 * reach > slots.columns else reach)
 
     def _captured(self, slots: Slots, sampling: Sampling, stops: Tensor, reach: int) -> Step | None:
         """The captured step that reads so many columns; None where it turns out that none can be captured."""

@@ -67,6 +67,7 @@ from diptych_torch.data_parallel import (
 )
 from diptych_torch.float64 import KeepFloat64
 from diptych_torch.hybrid import Hybrid, empty_network, filled
+from diptych_torch.instruments import TorchInstruments
 from diptych_torch.model import Network, build, detached, device_batch, fill, values_of
 from diptych_torch.remat import rematerialize
 from diptych_torch.tensor_parallel import TensorGroup
@@ -134,6 +135,9 @@ class TorchEngine:
     def compilations(self) -> int | None:
         """PyTorch runs its operations one by one."""
         return None
+
+    def instruments(self) -> TorchInstruments:
+        return TorchInstruments(self.device, DTYPES[self.settings.precision])
 
     def environment(self) -> dict[str, str]:
         """Versions, devices and precision switches, for the run's record."""

@@ -18,6 +18,7 @@ from transformers.integrations.moe import ExpertsInterface
 from diptych.algorithms.losses import router_balance_loss
 from diptych.families.decoder import DecoderConfig
 from diptych.families.family import ModelConfig
+from diptych_torch.linear import linear
 
 NAME = "diptych"
 Routing = tuple[Tensor, Tensor]  # sums of router probabilities [E], how many times each expert was chosen [E]
@@ -43,8 +44,8 @@ def compute_experts(
     outputs = []
     for x, (gate_up, down) in zip(inputs, weights, strict=True):
         if len(x):
-            gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
-            outputs.append(nn.functional.linear(module.act_fn(gate) * up, down))
+            gate, up = linear(x, gate_up).chunk(2, dim=-1)
+            outputs.append(linear(module.act_fn(gate) * up, down))
     back = torch.cat(outputs)[order.argsort()].view(-1, chosen, width)
     return (back * top_k_weights[..., None].to(back.dtype)).sum(dim=1)
 

@@ -9,11 +9,15 @@ Dimensions: N tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+IN_CACHE = 2**18  # logits that stay in a core's cache
 
 Unembedding = Callable[[Tensor], Tensor]  # hidden states [N, D] -> logits [N, V]
 
@@ -43,13 +47,7 @@ def chunked_logprobs(
 
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = tempered(unembedding(hidden), temperature)
-        normalizer = logits.logsumexp(dim=-1)
-        logprobs = logits.gather(1, targets[:, None])[:, 0] - normalizer
-        if not entropy:
-            return logprobs, None
-        with torch.no_grad():  # last, so that the recomputation of a checkpoint stops before it
-            every = logits - normalizer[:, None]
-            return logprobs, -(every.exp() * every).sum(dim=-1)
+        return _OfTokens.apply(logits, targets, entropy)  # pyright: ignore[reportReturnType]
 
     count = _count(len(targets), chunk, least)
     if count == 1:  # nothing to gain: the logits of the one chunk may stay until its backward pass
@@ -62,6 +60,58 @@ def chunked_logprobs(
             pieces.append(one_chunk(rows, wanted))
     logprobs = torch.cat([piece[0] for piece in pieces])
     return logprobs, torch.cat([piece[1] for piece in pieces]) if entropy else None
+
+
+class _OfTokens(torch.autograd.Function):
+    """Log-probabilities of tokens and entropies, in as few passes over the logits as there can be: one exponential of
+    each logit, forward and backward together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], entropy: bool
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
+        is_kept = ctx.needs_input_grad[0]
+        blocks = logits.split(_rows_at_once(logits))
+        weights = torch.empty_like(logits if is_kept else blocks[0])
+        shifted = torch.empty_like(blocks[0])
+        largest, totals, means = [], [], []
+        for number, block in enumerate(blocks):
+            start = number * len(blocks[0]) if is_kept else 0
+            largest.append(block.amax(dim=-1))
+            below = torch.sub(block, largest[-1][:, None], out=shifted[: len(block)])
+            weight = torch.exp(below, out=weights[start : start + len(block)])
+            totals.append(weight.sum(dim=-1))
+            if entropy:
+                means.append(torch.linalg.vecdot(weight, below))
+        total = torch.cat(totals)
+        normalizer = total.log()
+        logprobs = logits.gather(1, targets[:, None])[:, 0] - (torch.cat(largest) + normalizer)
+        if is_kept:
+            ctx.save_for_backward(weights, total, targets)
+        ctx.set_materialize_grads(False)
+        if not entropy:
+            return logprobs, None
+        entropies = normalizer - torch.cat(means) / total
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        """g (1 at the target - probability), written over what was kept: it is not read again."""
+        gradient = gradients[0]
+        if gradient is None:
+            return None, None, None
+        of_logits, total, targets = ctx.saved_tensors
+        rows = torch.arange(len(targets), device=targets.device)
+        of_logits.mul_((-gradient / total)[:, None])
+        of_logits[rows, targets] += gradient
+        return of_logits, None, None
+
+
+def _rows_at_once(logits: Float[Tensor, "N V"]) -> int:
+    """Rows that several passes read while they are in a CPU's cache; elsewhere all."""
+    return max(1, IN_CACHE // logits.shape[1] if logits.device.type == "cpu" else len(logits))
 
 
 def chunked_matches(

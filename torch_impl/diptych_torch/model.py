@@ -30,6 +30,7 @@ from diptych_torch import names
 from diptych_torch.attention import additive, alibi, causal_mask
 from diptych_torch.experts import Routing, RoutingRecord
 from diptych_torch.float64 import KeepFloat64
+from diptych_torch.linear import use_onednn
 from diptych_torch.logprobs import chunked_logprobs, chunked_matches
 from diptych_torch.names import Parameter, Part
 from diptych_torch.skeleton import layer_types, skeleton, trunk_of
@@ -88,6 +89,7 @@ class Network(nn.Module):
             self.trained_held = {
                 name: Parameter(shape=shape, parts=(Part(name),)) for name, shape in self.trained_shapes.items()
             }
+        use_onednn(self.transformer, dtype, device)
 
     @property
     def trunk(self) -> Any:

@@ -23,6 +23,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
+from diptych_torch.linear import linear
+
 
 class RNNConfig(PreTrainedConfig):
     """Fields as in `diptych.families.rnn`."""
@@ -65,7 +67,7 @@ class Recurrence(nn.Linear):
     """W_hh, which it multiplies with, and b_h, which goes in with the input. A linear layer to PEFT."""
 
     def forward(self, state: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return nn.functional.linear(state, self.weight)
+        return linear(state, self.weight)
 
 
 class RNNLayer(nn.Module):

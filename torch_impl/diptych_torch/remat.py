@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from diptych.engine import Remat
 from diptych_torch.float64 import KeepFloat64
+from diptych_torch.linear import HAS_ONEDNN
 from diptych_torch.recurrent import RNNLayer
 
 _DOTS = {
@@ -24,6 +25,7 @@ _DOTS = {
     torch.ops.aten.bmm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.baddbmm.default,
+    *([torch.ops.mkldnn._linear_pointwise.default] if HAS_ONEDNN else []),
 }
 
 

@@ -40,15 +40,26 @@ class Rotary(nn.Module):
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T R"]]:
         """The angles' cosines and sines in x's dtype."""
         index = 0 if layer_type is None else self.rope_of_type[layer_type]
+        angles, factor = self.angles(position_ids, index, x.dtype)
+        both = torch.cat((angles, angles), dim=-1)
+        return (both.cos() * factor).to(x.dtype), (both.sin() * factor).to(x.dtype)
+
+    def angles(
+        self, position_ids: Int[Tensor, "B T"], index: int, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "B T A"], float]:
+        """The angles of one of the ropes, half as many (A) as rotated columns, and its attention factor."""
         rope, table = self.ropes[index], self.get_buffer(f"frequencies_{index}")
         # Upcast: angles in at least float32 (a bfloat16 position is off by 8 at 2000).
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
         rows = table[0]
         if rope.by_length:
             rows = table[rope.rows(lengths(position_ids)).long()]
-        angles = position_ids[..., None].to(wide) * rows.to(wide)
-        both = torch.cat((angles, angles), dim=-1)
-        return (both.cos() * rope.attention_factor).to(x.dtype), (both.sin() * rope.attention_factor).to(x.dtype)
+        return position_ids[..., None].to(wide) * rows.to(wide), rope.attention_factor
+
+    @property
+    def rotated(self) -> int:
+        """Columns of a head that are rotated, the first ones."""
+        return 2 * self.get_buffer("frequencies_0").shape[-1]
 
 
 def lengths(positions: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:

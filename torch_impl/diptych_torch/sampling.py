@@ -33,17 +33,19 @@ def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], sampling: 
     """Draw one token of each row; greedy where the temperature is 0 (then `uniforms` is not read)."""
     # tempered() upcasts.
     scaled = tempered(logits, sampling.scoring_temperature)
-    logprobs = torch.log_softmax(scaled, dim=-1)
     if sampling.temperature == 0:
+        logprobs = torch.log_softmax(scaled, dim=-1)
         token = scaled.argmax(dim=-1, keepdim=True)
         logprob = logprobs.gather(1, token)[:, 0]
         second = logprobs.scatter(1, token, -torch.inf).amax(dim=-1)
         return Draw(token[:, 0], logprob, (logprob.exp() - second.exp()) / 2)
     probabilities = torch.softmax(scaled, dim=-1)
+    # The kernel's own sum is in one precision and in one line: after it a thousand rounding errors stand in all.
+    whole = probabilities.sum(dim=-1)
     if sampling.top_k > 0 or sampling.top_p < 1:
         probabilities = probabilities.where(_kept(scaled, sampling), 0.0)
-    token, margin = _invert(probabilities, uniforms.to(scaled.dtype))
-    return Draw(token, logprobs.gather(1, token[:, None])[:, 0], margin)
+    token, probability, margin = _invert(probabilities, uniforms.to(scaled.dtype))
+    return Draw(token, (probability / whole).log(), margin)
 
 
 def _kept(scaled: Float[Tensor, "B V"], sampling: Sampling) -> Bool[Tensor, "B V"]:
@@ -87,17 +89,17 @@ def _has_none(cases: Bool[Tensor, "..."]) -> bool:
 
 def _invert(
     probabilities: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """The token in whose interval of the cumulative distribution (in vocabulary order) the uniform falls, and the
-    uniform's distance from the nearer edge of that interval, as a share of the whole."""
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """The token in whose interval of the cumulative distribution (in vocabulary order) the uniform falls, its
+    probability, and the uniform's distance from the nearer edge of that interval, as a share of the whole."""
     cdf = probabilities.cumsum(dim=-1)
     total = cdf[:, -1]
     point = (uniforms * total)[:, None]
     last = cdf.shape[1] - 1
     # The number of entries that are <= the point.
-    token = torch.searchsorted(cdf, point, right=True)
-    inside = token.clamp(max=last)
-    lost = (token > last) | (probabilities.gather(1, inside) == 0)
+    inside = torch.searchsorted(cdf, point, right=True).clamp_(max=last)
+    width = probabilities.gather(1, inside)
+    lost = width == 0
     if not _has_none(lost):
         # The point was rounded up to the total, or an accelerator's tree of sums rose over an empty interval.
         columns = torch.arange(last + 1, device=cdf.device)
@@ -105,6 +107,7 @@ def _invert(
         first = columns.where(filled & (cdf > point), last).amin(dim=-1, keepdim=True)
         found = torch.minimum(first, columns.where(filled, 0).amax(dim=-1, keepdim=True))
         inside = found.where(lost, inside)
-    above = cdf.gather(1, inside)[:, 0]
-    below = cdf.gather(1, (inside - 1).clamp(min=0))[:, 0].where(inside[:, 0] > 0, 0.0)
-    return inside[:, 0], (torch.minimum(point[:, 0] - below, above - point[:, 0]) / total).clamp(min=0)
+        width = probabilities.gather(1, inside)
+    above = cdf.gather(1, inside) - point
+    margin = torch.minimum(width - above, above)[:, 0] / total
+    return inside[:, 0], width[:, 0], margin.clamp_(min=0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +34,9 @@ def new_cache(network: Network, *, rows: int, columns: int, device: torch.device
 
 
 class Slots:
-    """`slots` rows that are decoded at once. row: which of the queue; step: tokens drawn so far; last: the newest of
-    them, not yet in the cache; column: where in the cache it goes; position: its position; running: is the row not yet
-    at its end?
+    """`slots` rows that are decoded at once. step: tokens drawn so far; last: the newest of them, not yet in the cache;
+    column: where in the cache it goes; position: its position; place: where the next draw goes in the flat buffers of
+    the queue; running: is the row not yet at its end?
 
     tokens, numbers: what each row of the queue has drawn, and log-probability and margin; token -1: nothing. Behind the
     queue there is one row more, where draws go that are nobody's.
@@ -43,11 +44,14 @@ class Slots:
 
     def __init__(self, network: Network, *, slots: int, columns: int, queued: int, new: int, device: torch.device):
         self.network = network
+        self.reader: Any = network  # what reads tokens: the network, or the program of it (`decode`)
         self.columns, self.queued, self.new = columns, queued, new
         self.device = device
         self.cache = new_cache(network, rows=slots, columns=columns, device=device)
         whole = {"dtype": torch.int64, "device": device}
-        self.row, self.step, self.last, self.column, self.position = torch.zeros(5, slots, **whole).unbind(0)
+        numbers = torch.zeros(5, slots, **whole)
+        self.last, self.step, self.column, self.position, self.place = numbers.unbind(0)
+        self._counts = numbers[1:]  # what grows by one with each token
         self.running = torch.zeros(slots, dtype=torch.bool, device=device)
         self.readable = torch.ones(slots, columns, dtype=torch.bool, device=device)
         self.limit = torch.zeros((), **whole)  # tokens of a row
@@ -97,15 +101,16 @@ class Slots:
         size = prefill or width
         for piece, where in zip(tokens.split(size, dim=1), positions.split(size, dim=1), strict=True):
             end = cache.start + piece.shape[1]
-            hidden = self.network.hidden_states(piece, where, attention[:, :end], cache)
+            hidden = self.reader.hidden_states(piece, where, attention[:, :end], cache)
             cache.settle()
         if not is_whole:
             self.cache.admit(slot, cache)
         self.readable[slot] = True
         self.readable[slot, :width] = attention
         everyone = torch.ones_like(attention[:, 0])
-        token, goes_on = self._draw(hidden[:, -1], row, torch.zeros_like(row), everyone, sampling, stops)
-        self.row[slot], self.last[slot], self.running[slot] = row, token, goes_on
+        place = row * self.new
+        token, goes_on = self._draw(hidden[:, -1], place, torch.zeros_like(row), everyone, sampling, stops)
+        self.last[slot], self.running[slot], self.place[slot] = token, goes_on, place + 1
         self.step[slot], self.column[slot], self.position[slot] = 1, width, positions[:, -1] + 1
 
     def advance(self, sampling: Sampling, stops: Int[Tensor, " stops"], reach: int) -> None:
@@ -113,36 +118,36 @@ class Slots:
         runs is beyond. A row that does not run stays as it is, whatever it computes."""
         running = self.running
         self.cache.step_to(self.column, reach)
-        hidden = self.network.hidden_states(
+        hidden = self.reader.hidden_states(
             self.last[:, None], self.position[:, None], self.readable[:, :reach], self.cache
         )
         self.cache.settle(running)
-        token, goes_on = self._draw(hidden[:, -1], self.row, self.step, running, sampling, stops)
+        token, goes_on = self._draw(hidden[:, -1], self.place, self.step, running, sampling, stops)
         self.last.copy_(token.where(running, self.last))
-        self.step += running
-        self.column += running
-        self.position += running
+        self._counts += running
         running.copy_(goes_on)
 
     def _draw(
         self,
         hidden: Float[Tensor, "G D"],
-        row: Int[Tensor, " G"],
+        place: Int[Tensor, " G"],
         step: Int[Tensor, " G"],
         running: Bool[Tensor, " G"],
         sampling: Sampling,
         stops: Int[Tensor, " stops"],
     ) -> tuple[Int[Tensor, " G"], Bool[Tensor, " G"]]:
-        """Draw token `step` of each row and write it down where the row runs. Returns the tokens, and which rows run
-        on: a stop token belongs to the response, and the row is at its end after it."""
-        place = row * self.new + step.clamp(max=self.new - 1)  # as the buffers lie flat
-        uniforms = self.uniforms.view(-1)[place]
-        drawn = draw(self.network.logits(hidden), uniforms, sampling)
+        """Draw token `step` of each row and write it down, at its place in the flat buffers, where the row runs.
+        Returns the tokens, and which rows run on: a stop token belongs to the response, and the row is at its end after
+        it."""
+        uniforms = self.uniforms.view(-1)[place]  # behind a row at its end is the next row's, or nobody's
+        drawn = draw(self.reader.logits(hidden), uniforms, sampling)
         place = place.where(running, self.queued * self.new)
         self.tokens.view(-1).index_copy_(0, place, drawn.token)
         self.numbers.view(-1, 2).index_copy_(0, place, torch.stack((drawn.logprob, drawn.margin), dim=1))
-        has_stopped = (drawn.token[:, None] == stops).sum(dim=1) > 0
-        return drawn.token, running & ~has_stopped & (step + 1 < self.limit)
+        goes_on = running & (step < self.limit - 1)
+        if len(stops):
+            goes_on &= (drawn.token[:, None] != stops).all(dim=1)
+        return drawn.token, goes_on
 
     def look(self) -> tuple[Bool[np.ndarray, " B"], Int[np.ndarray, " B"]]:
         """Which slots run, and how many tokens their rows have drawn. Waits for the device."""

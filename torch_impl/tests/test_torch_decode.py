@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from diptych.engine import Completions, Finish, OptimizerSpec, PromptBatch, Sampling, TokenBatch
 from diptych.weights.huggingface import read_checkpoint
-from diptych_torch import cache, decode, slots
+from diptych_torch import cache, slots
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
@@ -81,12 +81,13 @@ def test_canary_seeded_bugs_are_seen(make_model, monkeypatch, bug):
         mask = cache.causal_mask
         monkeypatch.setattr(cache, "causal_mask", lambda s, q, w: mask(torch.ones_like(s), q, w))
     elif bug == "positions stand still":
-        forward = decode.Network.hidden_states
-        monkeypatch.setattr(
-            decode.Network,
-            "hidden_states",
-            lambda self, t, p, m, c=None: forward(self, t, p if t.shape[1] > 1 or c is None else p * 0 + 3, m, c),
-        )
+        advance = slots.Slots.advance
+
+        def standing(self: Any, *inputs: Any) -> None:
+            self.position.fill_(3)
+            advance(self, *inputs)
+
+        monkeypatch.setattr(slots.Slots, "advance", standing)
     else:
         update = cache.Cache.update
 
@@ -240,7 +241,7 @@ def test_canary_a_slot_that_is_not_wholly_taken_is_seen(make_model, monkeypatch,
         if rows[0] > 0 and bug == "a new row keeps the old one's padding":
             self.readable.copy_(readable)
         elif rows[0] > 0:
-            self.row[torch.tensor(at)] = 0
+            self.place[torch.tensor(at)] = 1  # the first row's
 
     monkeypatch.setattr(slots.Slots, "admit", broken)
     refilled = ours.generate(given, how(decode_rows=3), drawn, pad_token_id=PAD)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.engine import ModelSpec, PromptBatch, Sampling
-from diptych_torch import decode, packed, sampling
+from diptych_torch import decode, linear, sampling
 from diptych_torch.capture import CannotCapture, CudaGraphs, Step
 from diptych_torch.model import Network, build
 from torch_impl.tests.plain import CASES, hot
@@ -317,12 +317,13 @@ WIDE_GPT2 = {
 def test_packed_layers_multiply_as_before(config, count, monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(decode, "obstacle", lambda *_: "for this test")
     model = network(config, "float32")
     decoder = decode.Decoder(model, CPU)
     with_packed = rollout(decoder)
     assert f"{count} linear layers in oneDNN" in decoder.describe()
     assert not any("forward" in vars(module) for module in model.modules())
-    monkeypatch.setattr(packed, "SMALLEST", 2**30)
+    monkeypatch.setattr(linear, "SMALLEST_PACKED", 2**30)
     plain = rollout(decoder)
     assert "0 of" in decoder.describe()
     np.testing.assert_array_equal(with_packed.tokens, plain.tokens)
@@ -331,6 +332,7 @@ def test_packed_layers_multiply_as_before(config, count, monkeypatch):
 
 
 def test_new_weights_are_packed_anew_and_layers_are_put_back_after_an_error(monkeypatch):
+    monkeypatch.setattr(decode, "obstacle", lambda *_: "for this test")
     model = network(WIDE, "float32")
     decoder = decode.Decoder(model, CPU)
     before = rollout(decoder)
@@ -347,8 +349,9 @@ def test_new_weights_are_packed_anew_and_layers_are_put_back_after_an_error(monk
 def test_layers_are_not_packed_in_other_precisions_or_beyond_the_limit(monkeypatch):
     decoder = decode.Decoder(network(WIDE, "float64"), CPU)
     rollout(decoder)
-    assert "as torch has them (torch.float64 on cpu)" in decoder.describe()
-    monkeypatch.setattr(packed, "LIMIT", 2**20)
+    assert "(torch.float64 on cpu): torch.float64 on cpu" in decoder.describe()
+    monkeypatch.setattr(decode, "obstacle", lambda *_: "for this test")
+    monkeypatch.setattr(linear, "LIMIT", 2**20)
     decoder = decode.Decoder(network(WIDE, "float32"), CPU)
     rollout(decoder)
     assert "3 of 15 linear layers in oneDNN" in decoder.describe()

@@ -113,8 +113,9 @@ def test_tokens_of_probability_zero_are_never_drawn():
         assert set(token) <= {1, 3}
     # A point that rounding puts at the very end takes the last token that can be drawn, not one past it.
     probabilities = torch.tensor([[0.25, 0.75, 0.0]])
-    token, margin = sampling._invert(probabilities, torch.tensor([1.0]))
+    token, probability, margin = sampling._invert(probabilities, torch.tensor([1.0]))
     assert token.tolist() == [1]
+    assert probability.tolist() == [0.75]
     assert margin.tolist() == [0.0]
 
 
@@ -136,8 +137,8 @@ def test_canary_seeded_bugs_are_seen(monkeypatch, bug):
 
         def by_rank(p: torch.Tensor, u: torch.Tensor) -> Any:
             ordered, order = p.sort(dim=-1, descending=True)
-            token, margin = invert(ordered, u)
-            return order.gather(1, token[:, None])[:, 0], margin
+            token, probability, margin = invert(ordered, u)
+            return order.gather(1, token[:, None])[:, 0], probability, margin
 
         monkeypatch.setattr(sampling, "_invert", by_rank)
     token, _, _ = draw(values, noise, settings, torch.float64)

@@ -70,6 +70,11 @@ class StepRecorder(NoRecorder):
         self._given: Step | None = None
         self._updated: set[str] = set()
 
+    @property
+    def watches(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """In a step whose tensors are kept: each is to be the doing of its own program."""
+        return self._step is not None and self._has_tensors
+
     # Hooks of the stages, in the order in which they are called.
 
     def wants(self, stage: str, step: int) -> bool:

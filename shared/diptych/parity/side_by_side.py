@@ -33,6 +33,7 @@ from diptych.parity.comparison.terminal import print_comparison
 from diptych.parity.lockstep import lockstep
 from diptych.parity.provenance import producer, provenance
 from diptych.parity.record import load_for_steps
+from diptych.parity.steps import LADDER
 from diptych.parity.trace import Step, Trace, TraceWriter
 from diptych.recipe.schema import Recipe, Stage
 from diptych.stages.context import StageContext
@@ -92,12 +93,13 @@ def free_running(
 
 
 def in_lockstep(recipe: Recipe, work: Path, *, stages: Sequence[Stage] | None) -> tuple[Comparison, Trace, Trace]:
-    """Every step compared; of the first, the last and the first red one both sides' traces are kept in `work`."""
+    """Every step compared; of the first, the last and the reddest both sides' traces are kept in `work`."""
     results: list[StepResult] = []
+    places = {rung.name: index for index, rung in enumerate(LADDER)}
     with ExitStack() as files:
         writers: dict[str, TraceWriter] = {}
         last: list[Step] = []
-        is_red = False
+        reddest = len(LADDER)  # the place of the first red rung so far: `Comparison.first` is of its first step
 
         def keep(pair: Sequence[Step]) -> None:
             for side, step in zip(SIDES, pair, strict=True):
@@ -111,17 +113,18 @@ def in_lockstep(recipe: Recipe, work: Path, *, stages: Sequence[Stage] | None) -
                     writers[side] = files.enter_context(writer)
 
         def compare(a: Step, b: Step) -> None:
-            nonlocal is_red
+            nonlocal reddest
             vanishing = vanishing_of(writers[SIDES[0]].provenance, a.stage)
             rungs = climb(a, b, precision=recipe.precision, vanishing=vanishing, clips=clip_ranges_of(recipe))
             found = StepResult(stage=a.stage, step=a.step, is_deep=True, rungs=tuple(rungs))
             results.append(found)
-            if len(results) == 1 or (found.red and not is_red):
+            place = min((places[one.rung.name] for one in found.red), default=len(LADDER))
+            if len(results) == 1 or place < reddest:
                 keep((a, b))
                 last.clear()
             else:
                 last[:] = [a, b]
-            is_red |= bool(found.red)
+            reddest = min(reddest, place)
 
         lockstep(recipe, work=work / "runs", compare=compare, engines=SIDES, stages=stages, begin=begin)
         if last:

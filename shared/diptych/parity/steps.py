@@ -99,7 +99,7 @@ LADDER: tuple[Rung, ...] = (
         kind="relative_l2",
         tolerance="probe_gradient_relative_l2",
     ),
-    Rung(name="norm", title="clip norm", names=("ROLE/grad_norm",), kind="metric", tolerance="trajectory_relative"),
+    Rung(name="norm", title="clip norm", names=("ROLE/grad_norm",), kind="metric", tolerance="norm_relative"),
     Rung(
         name="optimizer",
         title="optimizer state",

@@ -66,7 +66,10 @@ TOLERANCES: Mapping[str, Tolerance] = {
         float64=1e-13, float32=1e-7, reason="parameters and moments after identical gradients: 7e-8 after ten steps"
     ),
     "moment_relative_l2": Tolerance(
-        float64=1e-11, float32=2e-5, reason="moments after one lockstep step: linear in the gradient (second: twice)"
+        float64=1e-11,
+        float32=5e-5,
+        reason="moments after one lockstep step: linear in the gradient (second: twice), whose shares cancel: 2.1e-5 "
+        "in one of 300 steps of an RNN",
     ),
     "weights_relative_l2": Tolerance(
         float64=1e-11,
@@ -89,6 +92,25 @@ TOLERANCES: Mapping[str, Tolerance] = {
     ),
     "trajectory_relative": Tolerance(
         float64=1e-8, float32=1e-5, reason="float64 runs free, 1.7e-10 after 300 steps; float32 only in lockstep"
+    ),
+    "gradient_share": Tolerance(
+        float64=1e-3,
+        float32=1e-3,
+        bfloat16=1e-3,
+        reason="no tolerance: the share of the whole gradient's norm that a tensor's error is at least measured "
+        "against. The limit times it is the last digit of a float32 of the whole's size. The reward loss's "
+        "gradient for a last bias is such a remainder: 6e-6 of the whole, 4.3e-4 off in one of 300 steps",
+    ),
+    "norm_relative": Tolerance(
+        float64=1e-8,
+        float32=5e-5,
+        reason="norm of a step's gradients, in lockstep in float32: no closer than its tensors; 1.8e-5 in one of 300 "
+        "steps of an RNN",
+    ),
+    "metric_floor": Tolerance(
+        float64=1e-12,
+        float32=5e-6,
+        reason="absolute: a logged mean of outputs that are up to 1e-5 apart may itself be near 0; 1.8e-6 measured",
     ),
     "decode": Tolerance(
         float64=1e-12, float32=2e-5, reason="decode with a cache against the training forward, same weights and engine"

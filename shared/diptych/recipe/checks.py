@@ -119,6 +119,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "top_p": UP_TO_ONE,
         "max_new_tokens": AT_LEAST_ONE,
         "decode_rows": AT_LEAST_ONE,
+        "response_buckets": AT_LEAST_ONE,
     },
     TrainMeshRecipe: {"data": OR_WHAT_IS_LEFT, "fsdp": OR_WHAT_IS_LEFT, "tensor": OR_WHAT_IS_LEFT},
     DecodeMeshRecipe: {"data": OR_WHAT_IS_LEFT, "tensor": OR_WHAT_IS_LEFT},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from diptych.recipe.schema import Recipe, SwitchRecipe
 from diptych.rollout_server import BUILT_IN, is_server
@@ -14,6 +15,18 @@ Rule = tuple[bool, Sequence[str], str]
 
 def rollout_rules(r: Recipe) -> Iterator[Rule]:
     engine = r.rollout.engine
+    is_samplers = "rl" in r.stages and r.rl.old_logprobs == "sampler"
+    keys, why = (
+        ("rl.old_logprobs", "rl.importance_cap"),
+        "'sampler' leaves nothing to weigh: rl.importance_cap compares {}",
+    )
+    yield is_samplers and r.rl.importance_cap is not None, keys, why.format("both; set trainer, or take it away")
+    keys, why = ("rl.old_logprobs", "rollout.engine"), "'sampler' is for the engine's own rollouts: {}"
+    yield is_samplers and is_server(engine), keys, why.format("a server's numbers are others; set trainer or auto")
+    widths = (*r.rollout.response_buckets, r.rollout.max_new_tokens)
+    rising = all(a < b for a, b in pairwise(widths))
+    keys = ("rollout.response_buckets", "rollout.max_new_tokens")
+    yield not rising, keys, "must rise, and stay below rollout.max_new_tokens, which is always the last"
     if engine == "deepspeed":
         why = "has no effect with rollout.engine = deepspeed, {}; take it away"
         whole = "whose module takes all rows at once on every process"

@@ -270,6 +270,10 @@ class RLRecipe:
     importance_cap: float | None = None
     """Weigh each token's policy loss by min(p_trainer / p_sampler, cap) (truncated importance sampling, Yao et al.
     2025), for a sampler that computes other numbers than the trainer; null: no weights."""
+    old_logprobs: Literal["auto", "trainer", "sampler"] = "auto"
+    """Whose log-probabilities are the old ones of the ratio: the trainer's, by a pass of their own, or those that the
+    sampler had at hand. auto: the sampler's in float32 and float64, where the two differ by rounding (checked in the
+    first iteration and in every first mini-batch), the trainer's in bfloat16 and of a rollout server's tokens."""
     max_kl: float | None = None
     """Stop the run when the mean KL to the reference (nats per response) of a rollout exceeds this; null: never."""
     eval_every: int = 10
@@ -296,6 +300,10 @@ class RolloutRecipe:
     """Draw from the smallest set of tokens that holds this much probability; 1: all."""
     max_new_tokens: int = 128
     """Longest response, the stop token included."""
+    response_buckets: tuple[int, ...] = ()
+    """Shorter widths of responses: a rollout whose longest response fits one is cut to the smallest that holds it
+    before it is scored and trained on, so that fewer columns of padding are paid for. It changes no number. The JAX
+    engine compiles its programs once for each width that occurs."""
     stop: tuple[str, ...] = ()
     """Single tokens, besides the model's end-of-sequence tokens, that end a response."""
     decode_rows: int | None = None

@@ -49,6 +49,6 @@ def check_first_ratio(deviation: float, precision: Precision, iteration: int) ->
         raise InvariantError(
             f"rl iteration {iteration + 1}: the first update's ratio to the old log-probabilities deviates from 1 by "
             f"up to {deviation:.3g} (limit {limit:.0e}): dropout, other masks or positions, or another "
-            f"temperature in the "
-            f"update than in scoring"
+            f"temperature in the update than in scoring; where the old log-probabilities are the sampler's "
+            f"(rl.old_logprobs), also stale decode weights or a broken cache"
         )

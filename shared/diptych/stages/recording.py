@@ -18,9 +18,11 @@ Scored = Any  # diptych.stages.rl.Scored
 @runtime_checkable
 class Recorder(Protocol):
     """replays: the stage is fed what another run recorded, so its own invariants do not hold; steps that were not
-    recorded are passed over (`wants`), and so are evaluations."""
+    recorded are passed over (`wants`), and so are evaluations. watches: somebody compares what is computed, so nothing
+    is taken over that could be computed anew."""
 
     replays: bool
+    watches: bool
 
     def wants(self, stage: str, step: int) -> bool: ...
 
@@ -54,6 +56,7 @@ class NoRecorder:
     """Nobody watches."""
 
     replays = False
+    watches = False
 
     def wants(self, stage: str, step: int) -> bool:
         del stage, step

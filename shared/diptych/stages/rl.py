@@ -38,8 +38,9 @@ from diptych.stages.rollout import Rollout, Sampler, roll_out, sampling_of
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A rollout with everything that was computed about it; arrays [rows, new], response-aligned. made: what the
-    dialect makes of them (`PPO.shape`). weights: of truncated importance sampling, where there is."""
+    """A rollout with everything that was computed about it; arrays [rows, new], response-aligned. logprobs: the old
+    ones of the ratio. trainer_logprobs: by the training forward; None where the sampler's are the old ones. made: what
+    the dialect makes of them (`PPO.shape`). weights: of truncated importance sampling, where there is."""
 
     rollout: Rollout
     reading: Reading
@@ -47,6 +48,7 @@ class Scored:
     ref_logprobs: np.ndarray
     values: np.ndarray
     scores: np.ndarray
+    trainer_logprobs: np.ndarray | None = None
     made: Experience | None = None
     weights: np.ndarray | None = None
 
@@ -213,11 +215,12 @@ class PPO:
         timer.seconds["rollout"] -= switched.get("timing_s/switch", 0.0)
         metrics |= switched
         with timer.phase("score"):
-            scored = recorder.scored(self.score(rollout, prompts), self.shape)
+            scored = recorder.scored(self.score(rollout, prompts, iteration), self.shape)
         metrics |= self.describe(scored)
         is_own = not recorder.replays
-        if is_own and (self.models.server is None or self.settings.importance_cap is None):
-            check_sampler_gap(metrics["rollout/logprob_gap_max"], rollout, self.recipe.precision, iteration)
+        gap = metrics.get("rollout/logprob_gap_max")
+        if is_own and gap is not None and (self.models.server is None or self.settings.importance_cap is None):
+            check_sampler_gap(gap, rollout, self.recipe.precision, iteration)
         if is_own and iteration == 0:
             check_reference(scored.logprobs, scored.ref_logprobs, rollout.completions.mask, self.recipe.precision)
         if self.settings.max_kl is not None and metrics["objective/kl"] > self.settings.max_kl:
@@ -238,11 +241,14 @@ class PPO:
         metrics["tokens_per_second"] = tokens / timer.seconds["rollout"]
         return metrics, tokens
 
-    def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
+    def score(self, rollout: Rollout, prompts: Sequence[PromptExample], iteration: int) -> Scored:
         """Log-probabilities of actor and reference, values, scores, and what the dialect makes of them."""
         models = self.models
         temperature = self.sampling.scoring_temperature
-        logprobs = rollout.of_response(models.policy.logprobs(rollout.tokens, temperature=temperature))
+        trainer_logprobs = None
+        if iteration == 0 or not self._takes_samplers:
+            trainer_logprobs = rollout.of_response(models.policy.logprobs(rollout.tokens, temperature=temperature))
+        logprobs = rollout.completions.logprobs if trainer_logprobs is None else trainer_logprobs
         ref_logprobs = rollout.of_response(models.reference.logprobs(rollout.tokens, temperature=temperature))
         reading = models.read(rollout, prompts)
         values = reading.values(models.critic.scores(reading.tokens))
@@ -255,8 +261,19 @@ class PPO:
                 ref_logprobs=ref_logprobs,
                 values=values,
                 scores=scores,
+                trainer_logprobs=trainer_logprobs,
             )
         )
+
+    @property
+    def _takes_samplers(self) -> bool:
+        """Are the sampler's log-probabilities the old ones of the ratio, once the first iteration has compared them
+        with the trainer's? From then on the ratios of every first mini-batch compare them (`check_first_ratio`)."""
+        settings, wanted = self.settings, self.settings.old_logprobs
+        if wanted == "auto":
+            is_own = self.models.server is None and settings.importance_cap is None
+            wanted = "sampler" if is_own and self.recipe.precision != "bfloat16" else "trainer"
+        return wanted == "sampler" and not self.context.recorder.watches
 
     def shape(self, scored: Scored) -> Scored:
         """What the dialect makes of the numbers of a rollout: rewards, returns, advantages, masks."""
@@ -348,7 +365,6 @@ class PPO:
         made, done = scored.experience, scored.rollout.completions
         mask = done.mask
         lengths = mask.sum(axis=1)
-        gap = np.where(mask, np.abs(done.logprobs - scored.logprobs), 0.0)
         kl = (scored.logprobs - scored.ref_logprobs)[mask]
         penalty = -self.settings.kl_coef * made.kl_per_response
         metrics = dict(scored.reading.metrics)
@@ -356,6 +372,11 @@ class PPO:
             metrics |= importance_metrics(scored.weights, mask, cap=cap)
         if np.isfinite(done.margins[mask]).all():  # a server need not tell them
             metrics["rollout/margin_min"] = float(done.margins[mask].min())
+        if scored.trainer_logprobs is not None:
+            gap = np.where(mask, np.abs(done.logprobs - scored.trainer_logprobs), 0.0)
+            metrics["rollout/logprob_gap_max"] = float(gap.max())
+            metrics["rollout/logprob_gap_mean"] = float(gap.sum() / mask.sum())
+            metrics["rollout/token_mult_prob_error"] = float(np.exp(gap[mask]).mean())
         return metrics | {
             "objective/kl": float(np.where(mask, scored.logprobs - scored.ref_logprobs, 0.0).sum(axis=1).mean()),
             "objective/kl_k3_per_token": float(np.mean(np.exp(-kl) - 1 + kl)),
@@ -372,9 +393,6 @@ class PPO:
             "response_length/mean": float(lengths.mean()),
             "response_length/max": float(lengths.max()),
             "response_length/min": float(lengths.min()),
-            "rollout/logprob_gap_max": float(gap.max()),
-            "rollout/logprob_gap_mean": float(gap.sum() / mask.sum()),
-            "rollout/token_mult_prob_error": float(np.exp(gap[mask]).mean()),
             # Exact in a float64: equal checksums are equal tokens, on another engine or after a resume.
             "rollout/tokens_crc32": float(zlib.crc32(np.where(mask, done.tokens, -1).astype("<i4").tobytes())),
         }
@@ -415,6 +433,8 @@ class PPO:
             seed=self.recipe.seed,
             purpose=purpose,
             step=step,
+            # A step that is compared keeps its shape, whatever was drawn.
+            widths=() if self.context.recorder.watches else self.recipe.rollout.response_buckets,
         )
 
     def gate(self, train: Sequence[PromptExample]) -> Gate:

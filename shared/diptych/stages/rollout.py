@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -94,16 +94,29 @@ def roll_out(
     seed: int,
     purpose: str,
     step: int,
+    widths: Sequence[int] = (),
 ) -> Rollout:
-    """Sample one response to each prompt. The draws are keyed by (seed, purpose, step, row id, position)."""
+    """Sample one response to each prompt. The draws are keyed by (seed, purpose, step, row id, position).
+
+    widths: rising; responses come back as wide as the first that holds the longest of them, else max_new_tokens wide.
+    """
     batch = prompt_batch(prompts, buckets=buckets, pad_token_id=tokenizer.pad_token_id)
     uniforms = random.uniforms(seed, purpose, step=step, rows=rows, num_positions=sampling.max_new_tokens)
     completions = sampler.generate(batch, sampling, uniforms, pad_token_id=tokenizer.pad_token_id)
+    completions = fitted(completions, widths)
     texts = [
         tokenizer.decode(tokens[mask].tolist())
         for tokens, mask in zip(completions.tokens, completions.mask, strict=True)
     ]
     return Rollout(prompts=batch, completions=completions, tokens=join(batch, completions), texts=texts)
+
+
+def fitted(completions: Completions, widths: Sequence[int]) -> Completions:
+    """The same responses without the columns that none of them needs, down to one of `widths`."""
+    longest = int(completions.mask.sum(axis=1).max())
+    width = next((one for one in widths if one >= longest), completions.mask.shape[1])
+    columns = {name: getattr(completions, name)[:, :width].copy() for name in ("tokens", "mask", "logprobs", "margins")}
+    return replace(completions, **columns)
 
 
 def sample_texts(

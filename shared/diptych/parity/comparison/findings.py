@@ -123,11 +123,12 @@ class Terms:
         """How far probabilities and log-probabilities may honestly be apart."""
         return self.limits["policy"] if "policy" in self.limits else self.tolerance("model")
 
-    @property
-    def floor(self) -> float:
-        """Absolute: losses are sums of terms of both signs, differences below it are rounding. With the user's own
-        limits in a precision that has no tolerance, 0."""
-        found = TOLERANCES["function"]
+    def floor(self, rung: Rung) -> float:
+        """Absolute: losses and logged means are sums of terms of both signs, differences below it are rounding. 0 for
+        other rungs, and with the user's own limits in a precision that has no tolerance."""
+        if rung.name not in ("loss", "metrics"):
+            return 0.0
+        found = TOLERANCES["function" if rung.name == "loss" else "metric_floor"]
         return 0.0 if getattr(found, self.precision) is None else found.at(self.precision)
 
 

@@ -24,6 +24,7 @@ from diptych.parity.comparison.clips import turned_clips
 from diptych.parity.comparison.draws import drawn, drawn_finding
 from diptych.parity.comparison.findings import Finding, NearTie, RungResult, Terms, first_true, is_float, join, number
 from diptych.parity.steps import LADDER, NOT_COMPARED, ROLES, Rung, rung_of
+from diptych.parity.tolerances import TOLERANCES
 from diptych.parity.trace import Recorded, Step
 
 TOKENS, METRICS = LADDER[0], LADDER[-1]
@@ -214,9 +215,9 @@ def _tensor(name: str, a: Step, b: Step, rung: Rung, limit: float, terms: Terms,
         index = first_true(distance == distance.max())
         detail = note
         if rung.kind == "relative_l2":
-            error, about = _relative(name, x, y, distance, a, terms)
-            detail = join(about, note)
             limit = 2 * limit if "/second/" in name else limit  # quadratic in the gradient: twice its error
+            error, about = _relative(name, x, y, distance, a, terms, limit)
+            detail = join(about, note)
         else:
             error = float(distance.max())
             limit = 2 * limit if name == "response/logprobs" else limit  # two decodes, each with its own error
@@ -228,19 +229,33 @@ def _tensor(name: str, a: Step, b: Step, rung: Rung, limit: float, terms: Terms,
 
 
 def _relative(
-    name: str, x: np.ndarray, y: np.ndarray, distance: np.ndarray, a: Step, terms: Terms
+    name: str, x: np.ndarray, y: np.ndarray, distance: np.ndarray, a: Step, terms: Terms, limit: float
 ) -> tuple[float, str]:
-    """|a - b| / |a| in float64. Tensors that are rounding alone: the larger norm against that of all of their kind."""
+    """|a - b| / |a| in float64.
+
+    Tensors that are rounding alone: the larger norm against that of all of their kind. A gradient (or moment) that is a
+    small share of all, because its terms cancel, has the rounding of its terms: where it is beyond the limit by itself,
+    it is measured against `gradient_share` of all.
+    """
     norms = [float(np.linalg.norm(one.astype(np.float64))) for one in (x, y)]
     if _vanishes(name, terms):
-        beginning = "/".join(name.split("/")[:2])
-        whole = math.sqrt(
-            sum(float(np.linalg.norm(one.astype(np.float64))) ** 2 for one in a.under(beginning).values())
-        )
+        whole = _norm_of_kind(name, a)
         return (max(norms) / whole if whole > 0 else math.inf), "0 but for rounding: against the norm of all tensors"
     apart = float(np.linalg.norm(distance))
     error = 0.0 if apart == 0 else apart / norms[0] if norms[0] > 0 else math.inf
+    kind = name.split("/")[1] if name.count("/") > 1 else ""
+    if error > limit and kind in ("gradient", "first", "second"):
+        share = TOLERANCES["gradient_share"].at(terms.precision) ** (2 if kind == "second" else 1)
+        least = share * _norm_of_kind(name, a)
+        if least > norms[0]:
+            return apart / least, f"norms {norms[0]:.4g}, {norms[1]:.4g}: against {share:g} of the norm of all tensors"
     return error, f"norms {norms[0]:.4g}, {norms[1]:.4g}" if error > 0 else ""
+
+
+def _norm_of_kind(name: str, a: Step) -> float:
+    """Of all tensors of a role's gradients, or first moments, ... together."""
+    beginning = "/".join(name.split("/")[:2])
+    return math.sqrt(sum(float(np.linalg.norm(one.astype(np.float64))) ** 2 for one in a.under(beginning).values()))
 
 
 def _vanishes(name: str, terms: Terms) -> bool:
@@ -257,7 +272,7 @@ def _scalar(name: str, x: float, y: float, rung: Rung, limit: float, terms: Term
         error, limit = (float(x != y) if finite else math.inf), 0.0
         detail = join(detail, "equal or not" if error else "")
     else:
-        floor = terms.floor if rung.name in ("loss", "metrics") else 0.0
+        floor = terms.floor(rung)
         if rung.name == "optimizer":  # a learning rate is given by a formula, and only rounded
             limit = terms.tolerance("function") if rung.name not in terms.limits else limit
         error = math.inf if not finite else 0.0 if distance <= floor else distance / max(abs(x), abs(y))
