@@ -15,7 +15,7 @@ help:
 	@echo "make demo       set up, run all three stages on both engines, compare them (about ten minutes)"
 	@echo "make test       set up, run every test (about 30 minutes on two cores)"
 	@echo "make test-fast  the tests without the slow ones"
-	@echo "make bench      set up, time both engines on the CPU workloads, write docs/benchmarks.md (about half an hour)"
+	@echo "make bench      set up, time both engines on the CPU workloads, write docs/benchmarks.md (about a quarter of an hour)"
 	@echo "make lint       ruff, pyright, import laws"
 	@echo "make format     let ruff rewrite"
 
@@ -42,7 +42,7 @@ bench: $(INSTALLED)
 	$(BIN)/diptych bench tiny small medium --threads 1 $(PEERS) --output benchmarks/results
 	$(BIN)/diptych bench opt-125m --threads 1 $(if $(PEERS),$(PEERS) --peer trl-ppo) --rounds 2 --output benchmarks/results
 	$(BIN)/diptych bench tiny small --threads 2 $(PEERS) --output benchmarks/results
-	$(BIN)/diptych bench --from benchmarks/results/*t.json --markdown docs/benchmarks.md --html out/bench.html
+	$(BIN)/diptych bench --from benchmarks/results/*.json --markdown docs/benchmarks.md --html out/bench.html
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

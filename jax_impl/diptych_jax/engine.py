@@ -9,7 +9,7 @@ Environment: DIPTYCH_DEVICES=N uses only the first N devices (comparisons and te
 Process-wide switches: `create` sets the matrix multiplication precision to "highest", and x64 on for a float64 engine.
 x64 stays on then; a float32 engine in the same process goes on in float32, because every array that enters a
 program has an explicit type. Compiled programs are kept on disk (`compilations.enable_cache`); on a CPU the process
-keeps the memory that it frees (`allocator`).
+keeps the memory that it frees (`diptych.allocator`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
+from diptych.allocator import computes_on_cpu, keep_freed_memory
 from diptych.engine import (
     Completions,
     EngineSettings,
@@ -52,7 +53,6 @@ from diptych.layout import DECODE_RULES, check_slots, resolve
 from diptych.parity.tolerances import TOLERANCES
 from diptych_jax import adapter as adapters
 from diptych_jax import checkpoint, compilations, decode, optimizer, processes, scoring, switch, training, weights
-from diptych_jax.allocator import computes_on_cpu, keep_freed_memory
 from diptych_jax.instruments import JaxInstruments
 from diptych_jax.kernels import Choice, Kernel, choose
 from diptych_jax.mesh import (

@@ -87,9 +87,20 @@ def test_a_contestant_that_falls_silent_is_an_error(tmp_path):
 def test_a_contestant_that_cannot_be_talked_to(tmp_path):
     """It ends before it is asked: writing to it must not be the error that is shown."""
     contestant = one("A", tmp_path, "import sys; sys.exit('no such module')")
+    contestant._start()
     contestant._process.wait()
     with pytest.raises(UserError, match="no such module"), contest([contestant]):
         contestant.ask("start")
+
+
+def test_a_contestant_that_is_only_described_starts_nothing(tmp_path):
+    both = [one("A", tmp_path), one("B", tmp_path)]
+    with contest(both):
+        both[0].ask("start")
+        assert both[1]._process is None
+        assert not both[1].log.exists()
+    both[0].stop()  # once more: nothing
+    assert not is_alive(both[0])
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be pinned here")
@@ -113,11 +124,14 @@ def test_the_environment_is_the_users_with_changes(tmp_path):
 
 
 def test_those_beside_end_with_the_first(tmp_path):
-    program = "import os, sys, time; time.sleep(600) if 'BESIDE' in os.environ else sys.stdin.read()"
+    program = f"{TELLS}; time.sleep(600) if 'BESIDE' in os.environ else sys.stdin.read()".replace(
+        "import json", "import time, json"
+    )
     contestant = Contestant(
-        "A", "engine", [sys.executable, "-c", program],
+        "A", "engine", [sys.executable, "-c", program, MARK, "{}"],
         environment={}, cores=[], log=tmp_path / "log", beside=[{"BESIDE": "1"}],
     )  # fmt: skip
+    assert contestant.ask("start") == {}
     began = time.monotonic()
     contestant.stop()
     assert time.monotonic() - began < 30

@@ -124,7 +124,10 @@ def test_formulas_grow_with_what_they_count():
     attention = 4 * 1024 * 1024 * 32 * 128 * 32
     assert one.layers == 2 * 1024 * matrices + attention
     assert one.head == 2 * 512 * 4096 * 128256
-    assert costs.training(config, rows=1, columns=1024, scored=512, head="lm", remat="full") == 4 * one.all
+    size = {"rows": 1, "columns": 1024, "scored": 512, "head": "lm"}
+    assert costs.training(config, **size, remat="full", chunks=2) == 4 * one.all
+    assert costs.training(config, **size, remat="full", chunks=1) == 4 * one.all - one.head  # kept, not made again
+    assert costs.training(config, **size, remat="none", chunks=1) == 3 * one.all
 
 
 # DeepSpeed ---------------------------------------------------------------------------------------------------------

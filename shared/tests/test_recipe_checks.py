@@ -217,6 +217,26 @@ BROKEN = {
         "layout.switch.check",
         "nothing here has a decode copy",
     ),
+    "the sampler's log-probabilities weighed against themselves": (
+        {"rl__old_logprobs": "sampler", "rl__importance_cap": 2.0},
+        "rl.old_logprobs",
+        "leaves nothing to weigh",
+    ),
+    "a server's log-probabilities as old ones": (
+        {**SERVED, "rl__old_logprobs": "sampler"},
+        "rl.old_logprobs",
+        "for the engine's own rollouts",
+    ),
+    "a response bucket that is no shorter": (
+        {"rollout__response_buckets": (8, 10**6)},
+        "rollout.response_buckets",
+        "stay below rollout.max_new_tokens",
+    ),
+    "response buckets that do not rise": (
+        {"rollout__response_buckets": (16, 8)},
+        "rollout.response_buckets",
+        "must rise",
+    ),
     "a frozen model's optimizer": (
         {"layout__zero_reference": ZeroRecipe(stage=2)},
         "layout.zero_reference.stage",
@@ -301,6 +321,7 @@ ALLOWED = {
         "rollout__decode_rows": 4,
         "layout__switch__check": "logprobs",
     },
+    "the sampler's log-probabilities": {"rl__old_logprobs": "sampler", "rollout__response_buckets": (8, 16)},
     "greedy without rl": {"rollout__temperature": 0.0, "stages": ("sft",)},
     "function without reward stage": {"stages": ("sft", "rl"), "rl__reward__function": "a.py:b"},
     "reward model from outside": {"stages": ("sft", "rl"), "rl__reward__model_path": "x"},

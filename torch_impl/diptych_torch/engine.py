@@ -68,6 +68,7 @@ from diptych_torch.data_parallel import (
 from diptych_torch.float64 import KeepFloat64
 from diptych_torch.hybrid import Hybrid, empty_network, filled
 from diptych_torch.instruments import TorchInstruments
+from diptych_torch.linear import no_onednn
 from diptych_torch.model import Network, build, detached, device_batch, fill, values_of
 from diptych_torch.remat import rematerialize
 from diptych_torch.tensor_parallel import TensorGroup
@@ -168,6 +169,9 @@ class TorchEngine:
             "tf32": str(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
             "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
             "attention": "sdpa; explicit with a softcap, and in BLOOM",
+            "linear layers": "oneDNN"
+            if (why := no_onednn(DTYPES[self.settings.precision], self.device)) is None
+            else f"torch's ({why})",
         }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import logging
 import os
 import socket
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from diptych.allocator import keep_freed_memory
 from diptych.engine import EngineSettings, Memory
 from diptych.errors import UserError
 from diptych.world import SINGLE, World
@@ -44,8 +44,6 @@ LAUNCHERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
-# Numbers of malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -84,7 +82,7 @@ def start(settings: EngineSettings) -> torch.device:
 
     _quiet()
     if settings.device == "cpu" or not torch.cuda.is_available():
-        _keep_memory()
+        keep_freed_memory()
     # Compiled at the first start (125 s here); used by inference_all_reduce only, never in training.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator: Any = get_accelerator()
@@ -212,19 +210,6 @@ def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     time.sleep(PAUSE)
-
-
-def _keep_memory() -> None:
-    """Let the C library keep what is freed instead of handing it back to the system, up to a limit.
-
-    glibc maps every block above 32 MiB anew, and the system fills its pages with zeros one by one: logits and
-    gradients, made and freed in every pass, cost a fifth of an update that way. On a host that computes on its
-    accelerator nothing is changed, nor in a C library without this switch.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**30)):
-            mallopt(parameter, value)
 
 
 def _quiet() -> None:

@@ -11,14 +11,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diptych.bench.contest import Contestant, contest, engine, pin, race
+from diptych.bench.contest import Contestant, contest, cores_of, engine, file_name, pin, race
 from diptych.bench.results import Result
 from diptych.bench.work import write_work
 from diptych.bench.workloads import CPU_SET, WORKLOADS, Workload, workload
 from diptych.engine import ENGINES
 from diptych.errors import UserError
 from diptych.run.progress import Progress
+
+if TYPE_CHECKING:
+    from diptych.bench.scaling import Curve
 
 _EPILOG = """\
 examples:
@@ -65,7 +69,9 @@ def add_bench_command(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--output", type=Path, default=Path("out/bench"), help="JSON and logs (default: out/bench)")
     bench.add_argument("--html", type=Path, help="also write a self-contained page")
     bench.add_argument("--markdown", type=Path, help="also write the tables as Markdown")
-    bench.add_argument("--from", dest="given", nargs="+", type=Path, help="time nothing: these results (JSON)")
+    bench.add_argument(
+        "--from", dest="given", nargs="+", type=Path, help="time nothing: these results (JSON, scaling-*.json too)"
+    )
     bench.add_argument("--profile", type=Path, metavar="DIR", help="instead: trace one iteration of each engine")
     bench.add_argument(
         "--scaling", nargs="+", choices=["batch", "prompt", "answer", "layers", "width", "processes"],
@@ -92,11 +98,14 @@ def bench_command(options: argparse.Namespace) -> int:
         from diptych.bench.scaling import scaling_command
 
         return scaling_command(options, works)
-    results = [Result.load_json(path) for path in options.given or ()]
-    if not results:
-        for threads in options.threads:
-            results += [_timed(options, one, threads) for one in works]
-    _write(options, results)
+    if options.given:
+        from diptych.bench.scaling import read_curves
+
+        grown = [path for path in options.given if path.name.startswith("scaling-")]
+        results = [Result.load_json(path) for path in options.given if path not in grown]
+        _write(options, results, [one for path in grown for one in read_curves(path)])
+    else:
+        _write(options, [_timed(options, one, threads) for threads in options.threads for one in works], ())
     return 0
 
 
@@ -151,16 +160,6 @@ def first_iteration(one: Contestant) -> float:
         return float(one.ask("iterate")["seconds"])
 
 
-def cores_of(threads: int) -> list[int]:
-    """The first cores that this process may use, as many as there are threads; empty: all of them, unpinned."""
-    if threads == 0 or not hasattr(os, "sched_getaffinity"):
-        return []
-    allowed = sorted(os.sched_getaffinity(0))
-    if threads > len(allowed):
-        raise UserError(f"--threads {threads}: this machine lends {len(allowed)} cores")
-    return allowed[:threads]
-
-
 @contextmanager
 def busy(count: int, cores: Sequence[int]) -> Iterator[None]:
     """Inside, `count` other processes never rest, on the same cores."""
@@ -195,29 +194,26 @@ def _profile(options: argparse.Namespace, works: Sequence[Workload]) -> int:
     return 0
 
 
-def _write(options: argparse.Namespace, results: Sequence[Result]) -> None:
-    """The page and the tables, where they are asked for."""
-    if options.html is not None:
-        from diptych.bench.page import bench_page
+def _write(options: argparse.Namespace, results: Sequence[Result], curves: Sequence[Curve]) -> None:
+    """The page and the tables, where they are asked for; results that were read are shown."""
+    from diptych.bench.markdown import benchmarks_md
+    from diptych.bench.page import bench_page
+    from diptych.bench.scaling import scaling_html, scaling_markdown
+    from diptych.bench.terminal import describe
 
-        options.html.parent.mkdir(parents=True, exist_ok=True)
-        options.html.write_text(bench_page(results), encoding="utf-8")
-        print(f"wrote {options.html}", file=sys.stderr)
-    if options.markdown is not None:
-        from diptych.bench.markdown import benchmarks_md
-
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text(benchmarks_md(results), encoding="utf-8")
-        print(f"wrote {options.markdown}", file=sys.stderr)
+    if not results and (options.html or options.markdown):
+        raise UserError("--from: a page needs the results of workloads too, not of --scaling alone")
+    made = [
+        (options.html, lambda: bench_page(results, scaling=scaling_html(curves) if curves else "")),
+        (options.markdown, lambda: benchmarks_md(results, scaling=scaling_markdown(curves) if curves else "")),
+    ]
+    for path, text in made:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text(), encoding="utf-8")
+            print(f"wrote {path}", file=sys.stderr)
     if options.given:
-        from diptych.bench.terminal import describe
-
-        for one in results:
-            print(describe(one))
-
-
-def file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text).strip("_")
+        print("\n\n".join([*map(describe, results), *([scaling_markdown(curves)] if curves else [])]))
 
 
 def _command() -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from diptych.errors import UserError
 
@@ -75,7 +75,8 @@ class Measured:
 
 
 class Contestant:
-    """A process that does an iteration when asked. name: as shown. command: starts it. log: where its own words go.
+    """A process that does an iteration when asked. name: as shown. command: starts it, at the first word that is said
+    to it: describing a contestant costs nothing. log: where its own words go.
     beside: environments of further processes of the same command that it works with; only the first is talked to."""
 
     def __init__(
@@ -92,81 +93,80 @@ class Contestant:
     ):
         self.measured = Measured(name=name, kind=kind)
         self.log = log
+        self._command, self._environments, self._cores = list(command), [environment, *beside], cores
         self._patience = patience
-        self._asked = time.perf_counter()
         self._rest = b""
-        self._errors = log.open("wb")
+        self._errors: BinaryIO | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._beside: list[subprocess.Popen[bytes]] = []
+
+    def _start(self) -> None:
+        """Begin all processes."""
+        first, *others = (os.environ | dict(one) for one in self._environments)
+        self._errors = errors = self.log.open("wb")
         self._process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env=os.environ | dict(environment),
-        )  # fmt: skip
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=first
+        )
         self._beside = [
-            subprocess.Popen(
-                list(command), stdin=subprocess.DEVNULL, stdout=self._errors, stderr=self._errors,
-                env=os.environ | dict(other),
-            )
-            for other in beside
-        ]  # fmt: skip
+            subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=other)
+            for other in others
+        ]
         for one in (self._process, *self._beside):
-            pin(one.pid, cores)
+            pin(one.pid, self._cores)
 
     def ask(self, word: str, **more: Any) -> dict[str, Any]:
-        """Say a word (JSON) and wait for the answer."""
-        self.say(word, **more)
-        return self.hear()
-
-    def say(self, word: str, **more: Any) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `hear` says why
-            self._process.stdin.write(json.dumps({"do": word, **more}).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def hear(self) -> dict[str, Any]:
-        """The next marked line. UserError where the process ends or falls silent first."""
-        assert self._process.stdout is not None
-        stream = self._process.stdout.fileno()
+        """Say a word (JSON) and wait for the answer: the next marked line. The first word starts the process. UserError
+        where it ends or falls silent before it answers."""
+        if self._process is None:
+            self._start()
+        process, errors = self._process, self._errors
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert errors is not None
+        with contextlib.suppress(BrokenPipeError):  # what is read below says why
+            process.stdin.write(json.dumps({"do": word, **more}).encode() + b"\n")
+            process.stdin.flush()
+        stream = process.stdout.fileno()
         until = time.monotonic() + self._patience
         while True:
             while b"\n" in self._rest:
                 line, self._rest = self._rest.split(b"\n", 1)
                 if line.startswith(MARK.encode()):
                     return json.loads(line[len(MARK) :])
-                self._errors.write(line + b"\n")
-                self._errors.flush()
+                errors.write(line + b"\n")
+                errors.flush()
             if not select.select([stream], [], [], max(0.0, until - time.monotonic()))[0]:
                 self.stop()
                 raise UserError(f"{self.measured.name}: no answer in {self._patience:.0f} s: see {self.log}")
             read = os.read(stream, 1 << 16)
             if not read:
-                code = self._process.wait()
-                raise UserError(
-                    f"{self.measured.name} ended with exit code {code}: see {self.log}\n{self._last_words()}"
-                )
+                code, lines = process.wait(), self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+                last_words = "\n".join(f"  {line}" for line in lines[-8:])
+                raise UserError(f"{self.measured.name} ended with exit code {code}: see {self.log}\n{last_words}")
             self._rest += read
 
-    def _last_words(self) -> str:
-        self._errors.flush()
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"  {line}" for line in lines[-8:])
-
     def stop(self) -> None:
-        """End the process, kindly if it listens."""
-        assert self._process.stdin is not None
+        """End the process, kindly if it listens; nothing where none was started, or it has been stopped."""
+        process, errors = self._process, self._errors
+        if process is None or errors is None or errors.closed:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            process.stdin.close()
         try:
-            self._process.wait(timeout=20)
+            process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+            process.kill()
+            process.wait()
+        process.stdout.close()
         for other in self._beside:  # they end with the first, or not at all
             with contextlib.suppress(subprocess.TimeoutExpired):
                 other.wait(timeout=5)
             other.kill()
             other.wait()
-        self._errors.close()
+        errors.close()
 
 
 def pin(process: int, cores: Sequence[int]) -> None:
@@ -286,6 +286,21 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("localhost", 0))
         return one.getsockname()[1]
+
+
+def cores_of(threads: int) -> list[int]:
+    """The first cores that this process may use, as many as there are threads; empty: all of them, unpinned."""
+    if threads == 0 or not hasattr(os, "sched_getaffinity"):
+        return []
+    allowed = sorted(os.sched_getaffinity(0))
+    if threads > len(allowed):
+        raise UserError(f"--threads {threads}: this machine lends {len(allowed)} cores")
+    return allowed[:threads]
+
+
+def file_name(text: str) -> str:
+    """What a workload's files are called."""
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text).strip("_")
 
 
 def thread_environment(threads: int) -> dict[str, str]:

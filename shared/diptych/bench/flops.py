@@ -6,6 +6,8 @@ decoding: what every step must read, the weights once and the cache once.
 
 from __future__ import annotations
 
+import math
+
 from diptych.bench.workloads import Workload
 from diptych.families.decoder import DecoderConfig
 from diptych.families.family import ModelConfig, read_model, tensor_shapes
@@ -18,8 +20,8 @@ def phase_flops(workload: Workload) -> dict[str, float]:
     """FLOPs of each phase of an iteration (`contest.PHASES`) on full-length rows; a phase without products is absent.
 
     The forward passes that score a rollout read the language-model head at the answer only. A gradient costs two
-    forward passes, so an update three. The policy's own pass is no part of it: a sampler has its log-probabilities at
-    hand.
+    forward passes, so an update three. The policy has a pass of its own where the sampler's log-probabilities are not
+    taken (`RLRecipe.old_logprobs`): in bfloat16.
     """
     config = read_model(workload.config())
     rows, prompt, answer = workload.batch, workload.prompt, workload.answer
@@ -29,9 +31,11 @@ def phase_flops(workload: Workload) -> dict[str, float]:
     step = forward(config, rows=rows, columns=1, scored=1, head="lm", keys=prompt + answer / 2)
     policy = forward(config, rows=rows, columns=whole, scored=answer, head="lm").all
     scalar = forward(config, rows=rows, columns=whole, scored=whole, head="scalar").all
+    old = {"score/policy": policy} if workload.trainer_scores else {}
     return {
         "prefill": first.all,
         "decode": (answer - 1) * step.all,
+        **old,
         "score/reference": policy,
         "score/critic": scalar,
         "score/reward": scalar,
@@ -44,7 +48,7 @@ def decode_bytes(workload: Workload) -> float:
     """Bytes that decoding must read: at every step all weights but the embedding's other rows, and the cache so far."""
     config = read_model(workload.config())
     size = ITEMSIZE[workload.precision]
-    weights = sum(_elements(shape) for shape in tensor_shapes(config, "lm").values())
+    weights = parameters(workload)
     if not config.tie_word_embeddings:  # one row of the embedding for each token
         weights -= config.vocab_size * embedding_width(config)
     cache = 0.0
@@ -56,15 +60,8 @@ def decode_bytes(workload: Workload) -> float:
 
 def parameters(workload: Workload) -> int:
     """Of the policy."""
-    return sum(_elements(shape) for shape in tensor_shapes(read_model(workload.config()), "lm").values())
+    return sum(math.prod(shape) for shape in tensor_shapes(read_model(workload.config()), "lm").values())
 
 
 def embedding_width(config: ModelConfig) -> int:
     return config.embedding_size if isinstance(config, DecoderConfig) else config.hidden_size
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -56,9 +56,11 @@ def phase_bytes(workload: Workload) -> dict[str, float]:
     if isinstance(config, DecoderConfig):
         cache = 2.0 * workload.batch * workload.prompt * config.num_layers * config.num_kv_heads * config.head_dim
     prompts = workload.batch * workload.prompt * _outputs(config)
+    old = {"score/policy": policy} if workload.trainer_scores else {}
     return {
         "prefill": (_read(config, "lm") + cache + prompts) * size,
         "decode": decode_bytes(workload),
+        **old,
         "score/reference": policy,
         "score/critic": scalar,
         "score/reward": scalar,

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from diptych.bench.contest import GROUPS, PHASES, Iteration, Measured
-from diptych.bench.flops import decode_bytes, parameters, phase_flops
+from diptych.bench.flops import decode_bytes, phase_flops
 from diptych.bench.workloads import Workload
 from diptych.errors import UserError
 from diptych.run.environment import describe_environment
@@ -152,7 +152,3 @@ def ratios(result: Result, engine: str, peer: str) -> dict[str, float]:
     if a.peak_bytes and b.peak_bytes:
         found["peak_bytes"] = b.peak_bytes / a.peak_bytes
     return found
-
-
-def work_parameters(result: Result) -> int:
-    return parameters(result.workload)

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from diptych.bench.contest import GROUPS, contest, engine, race
+from diptych.bench.contest import GROUPS, contest, cores_of, engine, file_name, race
 from diptych.bench.results import Result, figures
 from diptych.bench.work import write_work
 from diptych.bench.workloads import Workload
 from diptych.errors import UserError
+from diptych.run.page import table
 
 FACTORS = (0.5, 1.0, 2.0)
 AXES = ("batch", "prompt", "answer", "layers", "width")
@@ -75,8 +76,6 @@ def scaled(
     work: Workload, axis: str, *, engines: Sequence[str], threads: int, rounds: int, warm_up: int, output: Path
 ) -> list[Curve]:
     """Both engines' curves along an axis, each size a contest."""
-    from diptych.bench.cli import cores_of, file_name
-
     points = [grown(work, axis, factor) for factor in FACTORS]
     found: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in engines}
     for point in points:
@@ -104,8 +103,6 @@ def by_processes(
     work: Workload, *, engines: Sequence[str], threads: int, rounds: int, warm_up: int, output: Path
 ) -> list[Curve]:
     """The same work by one process and by two, each on cores of its own."""
-    from diptych.bench.cli import cores_of, file_name
-
     curves = []
     for name in engines:
         seconds: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -129,37 +126,52 @@ def by_processes(
 def scaling_command(options: argparse.Namespace, works: Sequence[Workload]) -> int:
     """`diptych bench --scaling`."""
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
-    curves: list[Curve] = []
+    everything: list[Curve] = []
     how = {
         "engines": options.engine, "threads": options.threads[0], "rounds": options.rounds,
         "warm_up": options.warm_up, "output": options.output,
     }  # fmt: skip
     for work in works:
+        curves: list[Curve] = []
+        path = options.output / f"scaling-{file_name(work.name)}.json"
         for axis in options.scaling:
             curves += by_processes(work, **how) if axis == "processes" else scaled(work, axis, **how)
-            path = options.output / f"scaling-{work.name}.json"
             path.write_text(json.dumps([asdict(one) for one in curves], indent=1) + "\n", encoding="utf-8")
-    print(scaling_table(curves))
+        everything += curves
+    print(scaling_markdown(everything))
     return 0
 
 
 def read_curves(path: Path) -> list[Curve]:
-    """What `scaling_command` wrote."""
-    return [Curve(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    """What `scaling_command` wrote. UserError where the file is something else."""
+    try:
+        return [Curve(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a result of diptych bench --scaling ({error})") from None
 
 
-def scaling_table(curves: Sequence[Curve]) -> str:
-    """A Markdown table: exponents, and the dearest doubling."""
-    lines = [
-        "| workload | axis | engine | sizes | seconds | exponent (rollout, score, update) | dearest doubling |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for one in curves:
-        seconds = ", ".join(f"{value:.3g}" for value in one.seconds["iteration"])
-        parts = ", ".join(f"{one.exponent(part):.2f}" for part in GROUPS if all(v > 0 for v in one.seconds[part]))
-        sizes = ", ".join(map(str, one.sizes))
-        lines.append(
-            f"| {one.workload} | {one.axis} | {one.engine} | {sizes} | {seconds} | {one.exponent():.2f} ({parts}) | "
-            f"{one.doubled():.2f} |"
-        )
-    return "\n".join(lines)
+COLUMNS = (
+    "workload", "axis", "engine", "sizes", "seconds", "exponent", "of rollout, score, update", "dearest doubling",
+)  # fmt: skip
+
+
+def scaling_rows(curves: Sequence[Curve]) -> list[list[str]]:
+    """Cells under `COLUMNS`: seconds of an iteration, exponents, and the dearest doubling."""
+    return [
+        [
+            one.workload, one.axis, one.engine, ", ".join(map(str, one.sizes)),
+            ", ".join(f"{value:.3g}" for value in one.seconds["iteration"]), f"{one.exponent():.2f}",
+            ", ".join(f"{one.exponent(part):.2f}" for part in GROUPS if all(v > 0 for v in one.seconds[part])),
+            f"{one.doubled():.2f}",
+        ]
+        for one in curves
+    ]  # fmt: skip
+
+
+def scaling_markdown(curves: Sequence[Curve]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *scaling_rows(curves)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def scaling_html(curves: Sequence[Curve]) -> str:
+    return table(COLUMNS, scaling_rows(curves), numeric=range(4, len(COLUMNS)))

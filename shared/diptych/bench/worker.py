@@ -30,30 +30,19 @@ from diptych.bench.flops import parameters
 from diptych.bench.work import read_work, recipe
 from diptych.data.batches import prompt_batch
 from diptych.stages.pipeline import prepare
-from diptych.stages.rl import PPO
+from diptych.stages.rl import PPO, Timer
 from diptych.stages.rl_models import build_models
 
 
-class Stopwatch:
-    """Seconds by name, of calls that do not hold each other."""
+def timed(timer: Timer, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose calls count in a phase of the timer."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with timer.phase(name):
+            return function(*args, **kwargs)
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-        return call
-
-    def watch(self, owner: Any, method: str, name: str) -> None:
-        """Time every call of a method of one object."""
-        setattr(owner, method, self.timed(name, getattr(owner, method)))
+    return call
 
 
 class Side:
@@ -64,7 +53,7 @@ class Side:
         wanted = recipe(workload, folder)
         self.context = prepare(wanted, engine_name=engine, output=run, stages=("rl",), distributed=distributed)
         models = build_models(self.context)
-        self.watch = watch = Stopwatch()
+        self.timer = timer = Timer()
         for model, method, name in (
             (models.policy, "generate", "rollout"),
             (models.policy, "logprobs", "score/policy"),
@@ -73,23 +62,23 @@ class Side:
             (models.policy, "update", "update/policy"),
             (models.critic, "update", "update/critic"),
         ):
-            watch.watch(model, method, name)
-        self.ppo = PPO(self.context, replace(models, score=watch.timed("score/reward", models.score)))
-        watch.watch(self.ppo, "roll_out", "whole rollout")
+            setattr(model, method, timed(timer, name, getattr(model, method)))
+        self.ppo = PPO(self.context, replace(models, score=timed(timer, "score/reward", models.score)))
+        self.ppo.roll_out = timed(timer, "whole rollout", self.ppo.roll_out)
         if workload.forced:
             self.ppo.sampling = replace(self.ppo.sampling, stop_token_ids=())
         self.step = 0
 
     def iterate(self) -> dict[str, Any]:
         """One iteration, as `contest.Iteration` has it."""
-        self.watch.seconds.clear()
+        self.timer.seconds.clear()
         split = self.context.datasets.prompts
         assert split is not None
         began, cpu = time.perf_counter(), time.process_time()
         metrics, tokens = self.ppo.iterate(self.ppo.prompts(split.train, self.step), self.step)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         self.step += 1
-        phases = dict(self.watch.seconds)
+        phases = dict(self.timer.seconds)
         phases["data"] = phases.pop("whole rollout") - phases["rollout"]  # prompts, uniforms, texts
         phases["switch"] = metrics.get("timing_s/switch", 0.0)
         phases["rollout"] -= phases["switch"]

@@ -64,6 +64,11 @@ class Workload:
     def rows_at_once(self) -> int:
         return self.micro_batch or self.batch // self.mini_batches
 
+    @property
+    def trainer_scores(self) -> bool:
+        """Has the policy a scoring pass beside the sampler's log-probabilities in every iteration?"""
+        return self.precision == "bfloat16"
+
     def describe(self) -> str:
         """The work in one line."""
         shape = f"{self.layers} layers, d {self.width}, vocabulary {self.vocabulary}"

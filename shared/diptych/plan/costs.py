@@ -48,10 +48,13 @@ def forward(
     return Forward(layers=flops, head=2.0 * rows * scored * width * outputs)
 
 
-def training(config: ModelConfig, *, rows: int, columns: int, scored: int, head: str, remat: Remat) -> float:
-    """FLOPs of a step's forward and backward pass, and of what the backward pass makes again (the head always)."""
+def training(
+    config: ModelConfig, *, rows: int, columns: int, scored: int, head: str, remat: Remat, chunks: float
+) -> float:
+    """FLOPs of a step's forward and backward pass, and of what the backward pass makes again. chunks: in how many the
+    logits of a device's micro-batch are made: those of one are kept, those of more are made again."""
     one = forward(config, rows=rows, columns=columns, scored=scored, head=head)
-    return one.layers * PASSES[remat] + one.head * (4 if head == "lm" else 3)
+    return one.layers * PASSES[remat] + one.head * (4 if head == "lm" and chunks > 1 else 3)
 
 
 def decoding(config: ModelConfig, *, rows: int, prompt: int, new: int) -> float:

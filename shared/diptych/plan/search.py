@@ -222,8 +222,9 @@ def _step(
     mesh, size, chip = held.mesh, ITEMSIZE[workload.compute], topology.chip
     many, micro = rows // micro, filled(micro, held.mesh)
     flops = costs.training(
-        held.config, rows=many * micro, columns=columns, scored=scored, head=held.head, remat=workload.settings.remat
-    )
+        held.config, rows=many * micro, columns=columns, scored=scored, head=held.head, remat=workload.settings.remat,
+        chunks=micro / mesh.rows * scored / workload.chunk,
+    )  # fmt: skip
     numbers = total_numbers(held.config, held.head)
     whole, layers = numbers / mesh.tensor * size, held.config.num_layers
     local = micro / mesh.rows * columns * held.config.hidden_size * size

@@ -130,7 +130,7 @@ def _times(
         step_micros = math.ceil(rollouts.mini_rows / rollouts.micro)
         work = costs.training(
             one.config, rows=rollouts.mini_rows, columns=columns, scored=scored, head=one.head,
-            remat=workload.settings.remat,
+            remat=workload.settings.remat, chunks=math.ceil(rollouts.micro / num_gpus) * scored / workload.chunk,
         ) / num_gpus  # fmt: skip
         kept = footprint(one, workload, num_gpus)
         states = sum(kept.device.values()) + sum(kept.host.values())

@@ -115,6 +115,8 @@ def fitted(completions: Completions, widths: Sequence[int]) -> Completions:
     """The same responses without the columns that none of them needs, down to one of `widths`."""
     longest = int(completions.mask.sum(axis=1).max())
     width = next((one for one in widths if one >= longest), completions.mask.shape[1])
+    if width == completions.mask.shape[1]:
+        return completions
     columns = {name: getattr(completions, name)[:, :width].copy() for name in ("tokens", "mask", "logprobs", "margins")}
     return replace(completions, **columns)
 

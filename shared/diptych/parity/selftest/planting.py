@@ -140,8 +140,8 @@ def function(module: str, name: str, wrong: Callable[[Any], Any]) -> Plant:
     return plant
 
 
-def fault(name: str) -> Plant:
-    """A fault inside the engine's attention (`diptych_jax.faults`, `diptych_torch.faults`)."""
+def in_attention(inner: Plant) -> Plant:
+    """A bug that only models with attention can have: an RNN reads neither positions nor other columns."""
 
     @contextmanager
     def plant(context: StageContext) -> Iterator[StageContext | None]:
@@ -149,12 +149,23 @@ def fault(name: str) -> Plant:
         if not all(isinstance(read_model(read_config(origin)), DecoderConfig) for origin in origins):
             yield None
             return
+        with inner(context) as changed:
+            yield changed
+
+    return plant
+
+
+def fault(name: str) -> Plant:
+    """A fault inside the engine's attention (`diptych_jax.faults`, `diptych_torch.faults`)."""
+
+    @contextmanager
+    def plant(context: StageContext) -> Iterator[StageContext | None]:
         faults: Mapping[str, Callable[[], AbstractContextManager[None]]]
         faults = importlib.import_module(f"diptych_{context.engine.name}.faults").FAULTS
         with faults[name]():
             yield context
 
-    return plant
+    return in_attention(plant)
 
 
 # Models that do one thing wrong.
@@ -239,9 +250,29 @@ class Weights(Wrapped):
             for name, value in now.items()
         }
 
+    @property
+    def is_changed(self) -> bool:
+        return any(not np.array_equal(self._inside[name], value) for name, value in self._given.items())
 
-def weights(change: Callable[[str, np.ndarray], np.ndarray]) -> Callable[[Any], Any]:
-    return lambda model: Weights(model, change)
+
+def weights(change: Callable[[str, np.ndarray], np.ndarray]) -> Plant:
+    """Trained models get other weights than they were given; not applicable where no tensor of any is changed."""
+
+    @contextmanager
+    def plant(context: StageContext) -> Iterator[StageContext | None]:
+        changed: list[bool] = []
+
+        def wrap(model: Any) -> Any:
+            planted = Weights(model, change)
+            changed.append(planted.is_changed)
+            return planted
+
+        with models(wrap)(context) as around:
+            yield around
+        if not any(changed):
+            raise NotApplicable
+
+    return plant
 
 
 class Generates(Wrapped):

@@ -8,25 +8,25 @@ import sys
 
 import pytest
 
-from diptych_jax.allocator import computes_on_cpu, keep_freed_memory
+from diptych.allocator import computes_on_cpu, keep_freed_memory
 
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 
 # In a process of its own: the settings are for good. Pages that a call of a program asks for once the heap has grown to
-# what the program needs, which takes some calls.
+# what the program needs: that took up to 18 calls, of 60 in three runs.
 COUNT = """
 import resource, sys
-from diptych_jax.allocator import keep_freed_memory
+from diptych.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory({})
 import jax, jax.numpy as jnp
-x, pages = jnp.ones((32, 1024, 1024)), []
-work = jax.jit(lambda x: jnp.sum(jnp.sort(x, axis=-1)))
-for _ in range(6):
+x, pages = jnp.ones((2, 5 * 2**20)), []
+work = jax.jit(lambda x: jnp.sum(jnp.sort(x, axis=0)))
+for _ in range(30):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(work(x))
     pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(pages))
+print(min(pages[-8:]))
 """
 
 
@@ -39,9 +39,10 @@ def _faults(what: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @GLIBC
 def test_memory_that_was_freed_costs_no_pages_again():
-    pages = 32 * 1024 * 1024 * 4 // resource.getpagesize()  # of the sorted array
+    pages = 10 * 2**20 * 4 // resource.getpagesize()  # of the sorted array
     assert _faults("keep") < pages // 20
     assert _faults("leave") > pages // 2  # canary
 
